@@ -1,0 +1,1 @@
+"""Reading, cleaning, rendering and packing of conversations."""

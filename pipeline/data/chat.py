@@ -1,0 +1,97 @@
+"""Conversations to tokens: the tokenizer's own chat template, prompt and target apart.
+
+Prompt and target are tokenised separately, so that what training sees after the generation prompt
+is exactly what generation continues from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipes import ChatRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+
+
+class Chat:
+    """Renders conversations with one tokenizer and one ChatRecipe.
+
+    Raises DataError when the tokenizer has no chat template or no end token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, recipe: ChatRecipe) -> None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruct"
+                " model, or add chat_template.jinja to its folder"
+            )
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"{tokenizer.name_or_path}: the tokenizer has no end token")
+        self.tokenizer: Any = tokenizer
+        self.recipe = recipe
+        self.end_id: int = tokenizer.eos_token_id
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text up to where the assistant's answer begins."""
+        full = list(messages)
+        if self.recipe.system is not None and full[0]["role"] != "system":
+            full.insert(0, {"role": "system", "content": self.recipe.system})
+        stated = self.recipe.generation_prompt
+        try:
+            text = self.tokenizer.apply_chat_template(
+                full,
+                tokenize=False,
+                add_generation_prompt=stated is None,
+                **self.recipe.template_options,
+            )
+        except Exception as error:  # jinja2 errors of a template are the tokenizer's, not ours
+            raise DataError(f"chat template fails on {str(full)[:80]}: {error}") from error
+        return str(text) + (stated or "")
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of ``prompt_text``, special tokens as the template wrote them."""
+        return self._encode(self.prompt_text(messages))
+
+    def target_text(self, think: str | None, response: str, *, prompt: str) -> str:
+        """What the assistant writes: the think section, if any, then the response.
+
+        A template that opened the think section itself (DeepSeek-R1) is not opened twice.
+        """
+        if think is None:
+            return response
+        open_, close = self.recipe.think_open, self.recipe.think_close
+        if open_ and prompt.rstrip().endswith(open_.strip()):
+            open_ = "" if prompt.endswith(open_) else open_[len(open_.rstrip()) :]
+        return f"{open_}{think}{close}{response}"
+
+    def target_ids(self, think: str | None, response: str, *, prompt: str) -> list[int]:
+        """Token ids of the target, closed by the end token."""
+        return [*self._encode(self.target_text(think, response, prompt=prompt)), self.end_id]
+
+    def split_think(self, text: str, *, prompt: str = "") -> tuple[str | None, str]:
+        """Split a generated text into its think section (None if there is none) and the answer.
+
+        A think section that was opened and never closed leaves an empty answer.
+        """
+        open_, close = self.recipe.think_open.strip(), self.recipe.think_close.strip()
+        opened_by_prompt = bool(open_) and prompt.rstrip().endswith(open_)
+        if not close or not (opened_by_prompt or text.lstrip().startswith(open_)):
+            return None, text
+        body = text if opened_by_prompt else text.lstrip().removeprefix(open_)
+        think, closed, answer = body.partition(close)
+        return (think.strip(), answer.lstrip("\n")) if closed else (body.strip(), "")
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [int(token) for token in ids]
+
+
+def check_generation_prompt(recipe: ChatRecipe) -> None:
+    """RecipeError for a stated generation prompt that is empty: the answer would start anywhere."""
+    if recipe.generation_prompt == "":
+        raise RecipeError("chat.generation_prompt is empty; leave it out to use the template's own")

@@ -1,0 +1,1 @@
+"""Rows in the project's own words; see README.md here."""

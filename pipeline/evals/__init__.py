@@ -1,0 +1,1 @@
+"""Generation, judges, statistics, the gate and the report."""

@@ -1,0 +1,324 @@
+"""Stage 4: base + adapter -> one plain model folder, with a certificate.
+
+The sum is planned from file headers and applied tensor by tensor in fp32; files without an updated
+tensor are linked as they are. Everything that is claimed is measured on the files after writing.
+Memory: the adapter pair at work and a few blocks of rows; the probes hold one module in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import artifact as art
+from pipeline.artifact import Artifact
+from pipeline.errors import DataError, RecipeError
+from pipeline.model import merging, probes, survival
+from pipeline.model.card import model_card
+from pipeline.model.merging import Plan
+from pipeline.model.shards import INDEX, NARROW, Checkpoint, open_checkpoint
+from pipeline.model.survival import Proof
+from pipeline.recipes import MergeRecipe
+from pipeline.stage import Context, main
+
+PARITY_BOUND = 1e-5
+WRITTEN_HERE = ("README.md", "certificate.json", art.MANIFEST)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What is merged into what: the opened base, the epoch's folder and the plan."""
+
+    base: Artifact
+    checkpoint: Checkpoint
+    config: Any
+    epoch: int
+    trained: Path
+    plan: Plan
+    scale: float
+
+
+def run(
+    recipe: MergeRecipe, inputs: Mapping[str, Artifact], out: Path, context: Context
+) -> dict[str, Any]:
+    """Write a Hugging Face model folder, certificate.json and README.md under ``out``."""
+    merge = _plan(recipe, inputs)
+    context.log(
+        f"merge: epoch {merge.epoch}, {len(merge.plan.updates)} of"
+        f" {len(merge.checkpoint.where)} tensors change, in {len(merging.touched(merge.checkpoint, merge.plan))} of"
+        f" {len(merge.checkpoint.shards)} files"
+    )
+    proof = _write(merge, recipe, out, context)
+    logits = _probe(merge, out)
+    certificate = _certificate(merge, proof, out, recipe.survival_floor, logits)
+    text = json.dumps(certificate, indent=1, sort_keys=True, allow_nan=False)
+    art.write_atomic(out / "certificate.json", text + "\n")
+    art.write_atomic(out / "README.md", model_card(merge.base, inputs["sft"], certificate))
+    share = proof.total().share
+    context.log(
+        f"merge: {'none' if share is None else f'{share:.1%}'} of the update is in the file;"
+        f" logits agree with base and adapter to {logits['parity']:.1e}, rounding moves them by"
+        f" {logits['rounding']:.1e}, the update by {logits['update']:.1e}"
+    )
+    return {
+        "method": merge.plan.method,
+        "epoch": merge.epoch,
+        "scale": merge.scale,
+        "dtype": certificate["dtype"],
+        "parameters": merge.checkpoint.parameters,
+        "survival": share,
+        "parity": logits["parity"],
+        "rounding_effect": logits["rounding"],
+        "update_effect": logits["update"],
+        "certificate": certificate,
+    }
+
+
+def _plan(recipe: MergeRecipe, inputs: Mapping[str, Artifact]) -> Merge:
+    from transformers import AutoConfig
+
+    base, sft = inputs["base"], inputs["sft"]
+    epoch, file = find_epoch(sft, recipe.epoch)
+    for name in (file, f"epoch-{epoch}/adapter_config.json"):
+        if name in sft.manifest.files and art.hash_file(sft.path(name)) != sft.manifest.files[name]:
+            raise DataError(
+                f"{sft.folder / name}: content changed since it was sealed; run sft with --rebuild"
+            )
+    try:
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{base.folder}: config.json cannot be used: {error}") from error
+    if getattr(config, "quantization_config", None):
+        raise DataError(
+            f"{base.folder}: the base is quantized; merging into rounded weights ruins them: use"
+            " the 16-bit base"
+        )
+    checkpoint = open_checkpoint(base.folder)
+    tied = bool(config.tie_word_embeddings)
+    trained = sft.path(file).parent
+    if file.endswith("adapter_model.safetensors"):
+        plan = merging.plan_adapter(
+            checkpoint, trained, base_digest=base.digest, scale=recipe.scale, tied=tied
+        )
+    elif recipe.scale != 1.0:
+        raise RecipeError(
+            f"merge.scale={recipe.scale} needs an adapter, and {file} is full fine-tuning; leave"
+            " merge.scale at 1"
+        )
+    else:
+        plan = merging.plan_full(checkpoint, sft.path(file), tied=tied)
+    return Merge(base, checkpoint, config, epoch, trained, plan, recipe.scale)
+
+
+def find_epoch(sft: Artifact, wanted: int | None) -> tuple[int, str]:
+    """The wanted epoch (None: the last) and the file that holds it."""
+    found: dict[int, list[str]] = {}
+    for name in sft.manifest.files:
+        match = re.fullmatch(r"epoch-(\d+)/(adapter_model|model)\.safetensors", name)
+        if match:
+            found.setdefault(int(match.group(1)), []).append(name)
+    if not found:
+        raise DataError(f"{sft.folder}: holds no epoch-N/adapter_model.safetensors; run sft again")
+    last = sft.facts.get("epochs", max(found))
+    if max(found) != last:
+        raise DataError(f"{sft.folder}: sealed with {last} epochs, holds {sorted(found)}")
+    epoch = last if wanted is None else wanted
+    if epoch not in found:
+        raise RecipeError(f"merge.epoch={epoch}: training sealed epochs {sorted(found)}")
+    if len(found[epoch]) != 1:
+        raise DataError(f"{sft.folder}: epoch {epoch} has both an adapter and full weights")
+    return epoch, found[epoch][0]
+
+
+def _write(merge: Merge, recipe: MergeRecipe, out: Path, context: Context) -> Proof:
+    """Write the weights, in fp32 where the recipe says so."""
+    load_dtype = merge.config.dtype if isinstance(merge.config.dtype, torch.dtype) else None
+    _link_others(merge, out)
+    for widen in (False, True):
+        proof = _write_weights(merge, out, context, widen, torch.float32 if widen else load_dtype)
+        total = proof.total()
+        if recipe.scale and not total.wanted:
+            raise DataError(f"{merge.trained}: the update is zero everywhere: nothing was trained")
+        if total.share is None or total.share >= recipe.survival_floor:
+            return proof
+        low = (
+            f"merge: {total.share:.1%} of the update survives rounding to"
+            f" {_dtypes(open_checkpoint(out))}, merge.survival_floor is {recipe.survival_floor:.1%}"
+        )
+        if widen or recipe.below_floor == "refuse":
+            way_out = "" if widen else "set merge.below_floor: fp32, "
+            raise RecipeError(f"{low}; {way_out}lower the floor, or train a larger update")
+        context.log(f"{low}; writing the whole model in fp32")
+        for file in (*merge.checkpoint.shards, INDEX, "config.json"):
+            (out / file).unlink(missing_ok=True)
+        _write_fp32_config(merge, out)
+    raise AssertionError("the fp32 pass returns or raises")
+
+
+def _link_others(merge: Merge, out: Path) -> None:
+    """All files of the base but its weights; weights that loading ignores are left behind."""
+    for name in merge.base.manifest.files:
+        if name.endswith(".safetensors") or name in WRITTEN_HERE:
+            continue
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        art.link_or_copy(merge.base.path(name), out / name)
+
+
+def _write_weights(
+    merge: Merge, out: Path, context: Context, widen: bool, load_dtype: torch.dtype | None
+) -> Proof:
+    proof = Proof(widened=widen)
+    rewritten = set(merging.touched(merge.checkpoint, merge.plan))
+    for number, (file, shard) in enumerate(merge.checkpoint.shards.items(), start=1):
+        sealed = merge.base.manifest.files[file]
+        if file in rewritten or widen:
+            merging.write_merged(shard, merge.plan, out / file, widen=widen, sha256=sealed.sha256)
+            survival.read_back(shard, merge.plan, out / file, proof, load_dtype=load_dtype)
+        else:
+            art.link_or_copy(shard.path, out / file)
+            if art.hash_file(out / file) != sealed:
+                raise DataError(
+                    f"{shard.path}: content changed since it was sealed; adopt the base again"
+                )
+            proof.unchanged += len(shard.entries)
+            proof.unchanged_bytes += sum(e.size_bytes for e in shard.entries.values())
+        if len(merge.checkpoint.shards) > 1:
+            context.log(f"merge: {file} ({number} of {len(merge.checkpoint.shards)})")
+    return proof
+
+
+def _write_fp32_config(merge: Merge, out: Path) -> None:
+    path = merge.base.path("config.json")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float32"
+    art.write_atomic(out / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if merge.checkpoint.indexed:
+        index = json.loads(merge.base.path(INDEX).read_text(encoding="utf-8"))
+        sizes = [
+            entry.size_bytes * (2 if entry.dtype in NARROW else 1)
+            for shard in merge.checkpoint.shards.values()
+            for entry in shard.entries.values()
+        ]
+        index.setdefault("metadata", {})["total_size"] = sum(sizes)
+        art.write_atomic(out / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _probe(merge: Merge, out: Path) -> dict[str, float]:
+    """Logits on random prompts, all in fp32, as largest relative differences.
+
+    ``parity``: base with adapter (by PEFT) against the fp32 sum before rounding; ``rounding``:
+    against the written file; ``update``: against the base alone.
+    """
+    token_ids = probes.probe_ids(merge.config.vocab_size)
+    folder, plan = merge.base.folder, merge.plan
+
+    def summed(name: str) -> Tensor:
+        weight = merge.checkpoint.read(name).float()
+        if name not in plan.updates:
+            return weight
+        entry = merge.checkpoint.entry(name)
+        return plan.updates[name].opened()(weight, 0, entry.rows)[1].reshape(weight.shape)
+
+    def trained_fully(name: str) -> Tensor:
+        update = plan.updates.get(name)
+        if isinstance(update, merging.FullUpdate):
+            return update.trained.read(update.name)
+        return merge.checkpoint.read(name)
+
+    if plan.method == "lora":
+        wanted = probes.probe_logits(
+            folder, merge.checkpoint.read, token_ids, adapter=merge.trained, scale=merge.scale
+        )
+    else:
+        wanted = probes.probe_logits(folder, trained_fully, token_ids)
+    found = {
+        "parity": probes.difference(wanted, probes.probe_logits(folder, summed, token_ids)),
+        "rounding": probes.difference(
+            wanted, probes.probe_logits(out, open_checkpoint(out).read, token_ids)
+        ),
+        "update": probes.difference(
+            wanted, probes.probe_logits(folder, merge.checkpoint.read, token_ids)
+        ),
+    }
+    if not all(math.isfinite(value) for value in found.values()):
+        raise DataError(f"merge: the logits of the probes are not finite: {found}")
+    if found["parity"] > PARITY_BOUND:
+        raise DataError(
+            f"merge: merged logits differ from base with adapter by {found['parity']:.1e}, wanted"
+            f" at most {PARITY_BOUND:.0e}; the adapter means more than W + s B A"
+        )
+    return found
+
+
+def _certificate(
+    merge: Merge,
+    proof: Proof,
+    out: Path,
+    recipe: MergeRecipe,
+    widen: bool,
+    logits: dict[str, float],
+) -> dict[str, Any]:
+    """What was done and measured. Rounded so that it does not depend on the number of threads."""
+    total = proof.total()
+    weights = {file: art.hash_file(out / file) for file in merge.checkpoint.shards}
+    return {
+        "method": merge.plan.method,
+        "epoch": merge.epoch,
+        "base_digest": merge.base.digest,
+        "weights_digest": art.digest_of(weights),
+        "dtype": _dtypes(open_checkpoint(out)),
+        "widened_to_fp32": proof.widened,
+        "scale": merge.scale,
+        "factor": merge.plan.scale,
+        "rank": merge.plan.rank,
+        "pairs": list(merge.plan.modules),
+        "changed": len(proof.tensors),
+        "unchanged": proof.unchanged,
+        "unchanged_bytes_compared": proof.unchanged_bytes,
+        "survival": {
+            "floor": floor,
+            "share": _rounded(total.share),
+            "norm_ratio": _rounded(total.norm_ratio),
+            "tensors": {
+                name: {"share": _rounded(s.share), "norm_ratio": _rounded(s.norm_ratio)}
+                for name, s in sorted(proof.tensors.items())
+            },
+        },
+        "logits": {
+            "probes": probes.PROBES,
+            "tokens_per_probe": probes.PROBE_TOKENS,
+            "parity_bound": PARITY_BOUND,
+            "parity_at_most": _decade(logits["parity"]),
+            "rounding": float(f"{logits['rounding']:.0e}"),
+            "update": float(f"{logits['update']:.0e}"),
+        },
+    }
+
+
+def _dtypes(checkpoint: Checkpoint) -> str:
+    found = {e.dtype for s in checkpoint.shards.values() for e in s.entries.values()}
+    return ", ".join(sorted(found))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _decade(value: float) -> float:
+    """The next power of ten."""
+    return 0.0 if value == 0 else float(f"1e{math.ceil(math.log10(value))}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main("merge", run))

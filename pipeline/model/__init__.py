@@ -1,0 +1,1 @@
+"""Base models: adopting, loading, adapting, merging."""

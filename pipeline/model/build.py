@@ -1,0 +1,76 @@
+"""From base artifact and recipe to the model that is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.artifact import Artifact
+from pipeline.errors import DataError, RecipeError
+from pipeline.model import lora
+from pipeline.model.base import load_model
+from pipeline.recipes import Execution, SftRecipe
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_model(
+    base: Artifact, recipe: SftRecipe, execution: Execution
+) -> tuple[nn.Module, dict[str, lora.LoraLinear]]:
+    """The base with what is trained in it: adapters by name, or nothing for full fine-tuning.
+
+    Frozen weights have the recipe's precision; what is trained is fp32.
+    """
+    dtype = torch.float32 if recipe.lora is None else DTYPES[recipe.precision]
+    options: dict[str, Any] = {}
+    if recipe.quantization == "nf4":
+        options["quantization_config"] = _nf4(dtype)
+    model = load_model(base.folder, dtype, **options)
+    adapted: dict[str, lora.LoraLinear] = {}
+    if recipe.lora is None:
+        model.requires_grad_(True)
+    else:
+        adapted = lora.inject(model, recipe.lora, recipe.seed, _reader(base.folder))
+    if execution.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers asks the embedding output for gradients, which would send backward through
+        # every frozen layer below the first adapter; non-reentrant checkpointing needs none of it
+        model.disable_input_require_grads()
+    model.train()
+    return model, adapted
+
+
+def _nf4(compute: torch.dtype) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401  (only to say clearly that it is missing)
+        from transformers import BitsAndBytesConfig
+    except ImportError:
+        raise RecipeError(
+            "sft.quantization: nf4 needs bitsandbytes; run: pip install 'untaxed[gpu]'"
+        ) from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_quant_storage=compute,  # a floating storage is what FSDP can shard
+        bnb_4bit_use_double_quant=False,
+    )
+
+
+def _reader(folder: Path) -> Any:
+    """Reads one module's weight from the base's files, whatever the engine has sharded away."""
+
+    def weight_of(name: str) -> Tensor:
+        from safetensors import safe_open
+
+        for shard in sorted(folder.glob("*.safetensors")):
+            with safe_open(shard, framework="pt") as opened:
+                if f"{name}.weight" in opened.keys():  # noqa: SIM118  (not a dict)
+                    tensor: Tensor = opened.get_tensor(f"{name}.weight")
+                    return tensor
+        raise DataError(f"{folder}: no tensor {name}.weight in its safetensors files")
+
+    return weight_of

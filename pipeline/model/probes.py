@@ -1,0 +1,122 @@
+"""Logits of a model whose weights never are in memory at once.
+
+Each module's weights are read when it runs and forgotten right after, so a probe of a 34B model
+needs the memory of its largest matrix. All arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PROBES = 4
+PROBE_TOKENS = 24
+
+Read = Callable[[str], Tensor]
+
+
+def probe_ids(vocab_size: int, seed: int = 0) -> Tensor:
+    """Random token ids [PROBES, PROBE_TOKENS]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (PROBES, PROBE_TOKENS), generator=generator)
+
+
+def probe_logits(
+    folder: Path, read: Read, token_ids: Tensor, *, adapter: Path | None = None, scale: float = 1.0
+) -> Tensor:
+    """Logits [B, T, vocabulary] in fp32 of the model that ``folder/config.json`` describes.
+
+    ``token_ids``: [B, T]. ``read(name)`` gives a weight of that name. ``adapter``: a PEFT adapter
+    folder, applied by PEFT itself at ``scale`` times its own scale.
+    """
+    model = _skeleton(folder)
+    for name, module in model.named_modules():
+        _stream(module, name, read, _tied(model))
+    if adapter is not None:
+        model = _with_peft(model, adapter, scale)
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
+    return logits.float()
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    """Largest difference of two sets of logits over the largest absolute logit of the first."""
+    return float((left - right).abs().max() / left.abs().max())
+
+
+def _skeleton(folder: Path) -> Any:
+    """The model in fp32 with real buffers and weights that take no memory.
+
+    A weight is one zero seen at every index: on the CPU and not on the meta device, because PEFT
+    puts an adapter where its base weight is.
+    """
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
+    model.eval()
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[leaf] = _placeholder(parameter.shape)
+    return model
+
+
+def _placeholder(shape: torch.Size) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+
+
+def _tied(model: Any) -> dict[str, str]:
+    """Head weight -> embedding weight, where the config ties them."""
+    if not model.config.tie_word_embeddings:
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def _stream(module: nn.Module, name: str, read: Read, tied: dict[str, str]) -> None:
+    """Let ``module`` read its own weights when it is called, and drop them after."""
+    leaves = [leaf for leaf, parameter in module._parameters.items() if parameter is not None]
+    if not leaves:
+        return
+
+    def load(module: nn.Module, args: object) -> None:
+        for leaf in leaves:
+            full = f"{name}.{leaf}" if name else leaf
+            value = read(tied.get(full, full)).float()
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def drop(module: nn.Module, args: object, output: object) -> None:
+        for leaf in leaves:
+            parameter = module._parameters[leaf]
+            assert parameter is not None
+            module._parameters[leaf] = _placeholder(parameter.shape)
+
+    module.register_forward_pre_hook(load)
+    module.register_forward_hook(drop)
+
+
+def _with_peft(model: Any, adapter: Path, scale: float) -> Any:
+    import warnings
+
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    with warnings.catch_warnings():
+        # our config records the base's digest, a key that PEFT drops with a warning
+        warnings.filterwarnings("ignore", message="Unexpected keyword arguments")
+        warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's calls into transformers
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(scale)
+    return adapted.eval()

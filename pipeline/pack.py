@@ -1,0 +1,161 @@
+"""Stage 2: conversations -> packed token rows, and the rows of every training step.
+
+Renders with the base's own chat template, masks by token position (only the target is trained),
+drops documents that are too long (never cuts), and writes ``trained.txt``: what is trained, in a
+form a person can read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.artifact import Artifact, write_atomic
+from pipeline.data.chat import Chat, check_generation_prompt
+from pipeline.data.packing import epoch_steps
+from pipeline.errors import DataError
+from pipeline.graph import PackStep
+from pipeline.model.base import load_tokenizer
+from pipeline.stage import Context, main
+
+KINDS = {"refusal": 0, "answer": 1, "anchor": 2}
+SHEET_ROWS = 24
+
+
+def run(
+    recipe: PackStep, inputs: Mapping[str, Artifact], out: Path, context: Context
+) -> dict[str, Any]:
+    """Write tokens.safetensors, steps.json, documents.json and trained.txt under ``out``."""
+    check_generation_prompt(recipe.chat)
+    chat = Chat(load_tokenizer(inputs["base"].folder), recipe.chat)
+    conversations = inputs.get("anchor") or inputs["prep"]
+    train, dropped = _render(conversations.path("train.jsonl"), chat, recipe.pack.max_length)
+    dev, dev_dropped = _render(conversations.path("dev.jsonl"), chat, recipe.pack.max_length)
+    if not train:
+        raise DataError(
+            f"pack: no document of {len(dropped)} fits pack.max_length={recipe.pack.max_length};"
+            " raise it"
+        )
+    lengths = [len(d["ids"]) for d in train]
+    strata = _strata(train)
+    epochs = [
+        epoch_steps(lengths, strata, recipe.batch, recipe.pack.max_length, recipe.pack.seed, epoch)
+        for epoch in range(recipe.epochs)
+    ]
+    _write_tokens(out / "tokens.safetensors", train, dev)
+    write_atomic(out / "steps.json", json.dumps(epochs, separators=(",", ":")))
+    documents = {"train": [d["id"] for d in train], "dev": [d["id"] for d in dev]}
+    write_atomic(out / "documents.json", json.dumps(documents | {"dropped": dropped + dev_dropped}))
+    write_atomic(out / "trained.txt", sheet(train, chat))
+    packs = [pack for steps in epochs for step in steps for pack in step]
+    trained = sum(sum(d["trained"]) for d in train)
+    context.log(
+        f"pack: {len(train)} documents, {sum(lengths)} tokens ({trained} trained),"
+        f" {len(epochs[0])} steps an epoch, {len(dropped)} over-long dropped"
+    )
+    return {
+        "documents": len(train),
+        "dev_documents": len(dev),
+        "tokens": sum(lengths),
+        "trained_tokens": trained,
+        "dropped_over_long": len(dropped) + len(dev_dropped),
+        "steps_per_epoch": len(epochs[0]),
+        "packs": len(packs),
+        "longest": max(lengths),
+        "documents_per_pack": round(sum(map(len, packs)) / len(packs), 3),
+    }
+
+
+def _render(path: Path, chat: Chat, max_length: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rendered documents of one split, and the ids of those that are too long."""
+    documents: list[dict[str, Any]] = []
+    dropped: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        document = render(row, chat)
+        if len(document["ids"]) > max_length:
+            dropped.append(row["id"])
+        else:
+            documents.append(document)
+    return documents, dropped
+
+
+def render(row: Mapping[str, Any], chat: Chat) -> dict[str, Any]:
+    """One conversation as {id, source, kind, ids, trained}; ``trained`` marks the target tokens.
+
+    Raises DataError when nothing is trained or the last trained token is not the end token.
+    """
+    prompt_text = chat.prompt_text(row["messages"])
+    prompt = chat.prompt_ids(row["messages"])
+    if row.get("response_ids") is not None:  # the base's own tokens, never retokenised
+        target = [int(token) for token in row["response_ids"]]
+    elif row["response"] is not None:
+        target = chat.target_ids(row.get("think"), row["response"], prompt=prompt_text)
+    else:
+        raise DataError(f"row {row['id']}: has no response; anchor rows need the anchor stage")
+    complete = row.get("complete", True)
+    if not target or (complete and target[-1] != chat.end_id):
+        raise DataError(
+            f"row {row['id']}: the target does not end with the end token {chat.end_id}"
+        )
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and bos != chat.end_id and prompt[:2] == [bos, bos]:
+        raise DataError(f"row {row['id']}: the prompt begins with two BOS tokens")
+    return {
+        "id": row["id"],
+        "source": row["source"],
+        "kind": KINDS[row["kind"]],
+        "ids": prompt + target,
+        "trained": [0] * len(prompt) + [1] * len(target),
+    }
+
+
+def _strata(documents: list[dict[str, Any]]) -> list[int]:
+    sources = sorted({d["source"] for d in documents})
+    return [sources.index(d["source"]) for d in documents]
+
+
+def _write_tokens(path: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]]) -> None:
+    """Flat arrays of both splits: ids int32 [T], trained uint8 [T], starts int64 [D+1], kind [D]."""
+    from safetensors.numpy import save_file
+
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for split, documents in (("train", train), ("dev", dev)):
+        lengths = [len(d["ids"]) for d in documents]
+        arrays[f"{split}.ids"] = np.array([t for d in documents for t in d["ids"]], dtype=np.int32)
+        arrays[f"{split}.trained"] = np.array(
+            [t for d in documents for t in d["trained"]], dtype=np.uint8
+        )
+        arrays[f"{split}.starts"] = np.cumsum([0, *lengths], dtype=np.int64)
+        arrays[f"{split}.kind"] = np.array([d["kind"] for d in documents], dtype=np.uint8)
+    save_file(arrays, path)
+
+
+def sheet(documents: list[dict[str, Any]], chat: Chat) -> str:
+    """Sample documents decoded, with the trained span between >>> and <<<."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for document in documents:
+        by_source.setdefault(document["source"], []).append(document)
+    each = max(1, SHEET_ROWS // len(by_source))
+    blocks = ["What is trained: the tokens between >>> and <<<, and nothing else.\n"]
+    for source, rows in by_source.items():
+        for document in rows[:each]:
+            ids, trained = document["ids"], document["trained"]
+            at = trained.index(1)
+            prompt = chat.tokenizer.decode(ids[:at])
+            target = chat.tokenizer.decode(ids[at:])
+            blocks.append(
+                f"--- {document['id']} ({source}; {len(ids)} tokens, {len(ids) - at} trained)\n"
+                f"{prompt}>>>{target}<<<\n"
+            )
+    return "\n".join(blocks)
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main("pack", run))

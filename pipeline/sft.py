@@ -1,0 +1,195 @@
+"""Stage 3: packed rows + base -> adapters, one an epoch, by supervised fine-tuning.
+
+deepspeed pipeline/sft.py --ds ds_configs/zero3.json    ZeRO
+torchrun --nproc-per-node 2 pipeline/sft.py             FSDP2 (or --engine ddp)
+python pipeline/sft.py                                  one process
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifact import Artifact
+from pipeline.data.packing import best_fit_decreasing
+from pipeline.model import lora
+from pipeline.model.build import DTYPES, build_model
+from pipeline.recipes import SftRecipe
+from pipeline.stage import Context, arguments, main
+from pipeline.train import checkpoint
+from pipeline.train.batches import Documents, load_steps
+from pipeline.train.checkpoint import Position
+from pipeline.train.engine import Engine, GradientWatch, make_engine, trainable
+from pipeline.train.loop import Split, Trainer, write_history
+from pipeline.train.loss import SftModule
+from pipeline.train.reference import probe_isolation, reference
+from pipeline.train.world import init_world
+
+
+def run(
+    recipe: SftRecipe, inputs: Mapping[str, Artifact], out: Path, context: Context
+) -> dict[str, Any]:
+    """Train; write ``epoch-N/`` (a PEFT adapter, or the whole model) and metrics.jsonl."""
+    world = context.world
+    torch.manual_seed(recipe.seed * 1000003 + world.rank)
+    engine = make_engine(context.options.get("ds"), context.options.get("engine"), world.size)
+    with engine.loading(recipe):
+        model, adapted = build_model(inputs["base"], recipe, context.execution)
+    module = SftModule(model)
+    named = trainable(module)
+    count = sum(_elements(p) for p in named.values())
+    watch = GradientWatch(named.items() if recipe.lora else ())
+    engine.wrap(module, recipe)
+    context.log(f"sft: {engine.name} x {world.size}, {count:,} trainable parameters")
+    train, dev, capacity = _splits(engine, recipe, inputs["pack"], context)
+    probe_isolation(engine, train.documents, DTYPES[recipe.precision])
+    lengths = dev.documents.lengths
+    trainer = Trainer(
+        engine=engine,
+        recipe=recipe,
+        context=context,
+        train=train,
+        dev=dev,
+        epochs=load_steps(inputs["pack"]),
+        dev_step=best_fit_decreasing(lengths, capacity) if lengths else [],
+        watch=watch,
+        trainable=list(named),
+        stop_requested=_on_sigterm(),
+    )
+    start = _resume(engine, context)
+
+    def save_epoch(number: int) -> None:
+        _save_epoch(out, number, engine, recipe, adapted, inputs["base"], context)
+
+    _replay_epochs(out, context)
+    end = trainer.run(start, save_epoch)
+    if world.rank == 0:
+        write_history(out / "metrics.jsonl", end.history)
+    return _facts(recipe, engine, context, count, end, named)
+
+
+def _elements(parameter: torch.nn.Parameter) -> int:
+    """Number of elements; a parameter that ZeRO-3 has sharded knows its full size."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _splits(
+    engine: Engine, recipe: SftRecipe, pack: Artifact, context: Context
+) -> tuple[Split, Split, int]:
+    world = context.world
+    train = Documents(pack, "train", recipe.anchors)
+    dev = Documents(pack, "dev", recipe.anchors)
+    capacity = int(pack.manifest.recipe["pack"]["max_length"])
+    top_k = recipe.anchors.top_k
+    splits = [
+        Split(d, reference(engine, d, capacity, top_k, world.rank, world.size)) for d in (train, dev)
+    ]
+    return splits[0], splits[1], capacity
+
+
+def _on_sigterm() -> Any:
+    """From now on SIGTERM and Ctrl-C ask for a stop at the next step boundary."""
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda signum, frame: asked.append(signum))
+    return lambda: bool(asked)
+
+
+def _resume(engine: Engine, context: Context) -> Position:
+    found = checkpoint.newest(context.scratch, context.log)
+    if found is None:
+        return Position(0, [])
+    meta, state = found
+    position = checkpoint.restore(engine, meta, state, context.world.rank)
+    context.log(f"sft: going on after step {position.step}")
+    for record in position.history:
+        context.metric(int(record["step"]), record)
+    return position
+
+
+def _save_epoch(
+    out: Path,
+    number: int,
+    engine: Engine,
+    recipe: SftRecipe,
+    adapted: dict[str, lora.LoraLinear],
+    base: Artifact,
+    context: Context,
+) -> None:
+    """Gather on all ranks, write on rank 0; a copy in scratch survives a crash of later epochs."""
+    state = engine.trainable_state()
+    if context.world.rank != 0:
+        return
+    folder = out / f"epoch-{number}"
+    if recipe.lora is None:
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        dtype = DTYPES[recipe.precision]
+        tensors = {k: v.to(dtype).contiguous() for k, v in state.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        source = str(base.facts.get("source", ""))
+        config = lora.adapter_config(recipe.lora, adapted, base.digest, source)
+        lora.save(folder, lora.export(adapted, state), config)
+    import shutil
+
+    kept = context.scratch / folder.name
+    shutil.rmtree(kept, ignore_errors=True)
+    shutil.copytree(folder, kept)
+
+
+def _replay_epochs(out: Path, context: Context) -> None:
+    """Epochs that a stopped run had finished already."""
+    import shutil
+
+    if context.world.rank == 0:
+        for kept in sorted(context.scratch.glob("epoch-*")):
+            shutil.copytree(kept, out / kept.name, dirs_exist_ok=True)
+
+
+def _facts(
+    recipe: SftRecipe,
+    engine: Engine,
+    context: Context,
+    count: int,
+    end: Position,
+    named: Mapping[str, Any],
+) -> dict[str, Any]:
+    validations = [r for r in end.history if "dev_loss" in r or "dev_kl" in r]
+    return {
+        "method": "lora" if recipe.lora else "full",
+        "engine": engine.name,
+        "world_size": context.world.size,
+        "epochs": recipe.epochs,
+        "steps": end.step,
+        "trainable_parameters": count,
+        "trainable_tensors": len(named),
+        "dev": validations,
+        "final_loss": next((r["loss"] for r in reversed(end.history) if "loss" in r), None),
+    }
+
+
+def start(argv: list[str] | None = None) -> int:
+    """The command line: join the launcher's processes, then run the stage."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    options = arguments("sft").parse_args(argv)
+    world = init_world(always=options.ds is not None or options.engine == "fsdp")
+    try:
+        return main("sft", run, argv, world)
+    finally:
+        if world is not None:
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(start())

@@ -1,0 +1,258 @@
+"""The shell around every stage: argv -> key -> skip | run | seal -> track -> exit code. Torch-free."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+
+from pipeline import artifact as art
+from pipeline.artifact import Artifact
+from pipeline.errors import DataError, Stopped, UntaxedError, one_line
+from pipeline.graph import Planned, Workspace, plan_job
+from pipeline.recipes import Execution, Frozen, load_job
+from pipeline.tracking import Tracker
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_JOB = ROOT / "jobs" / "quickstart.yaml"
+
+
+class World(Protocol):
+    """The processes of one stage. Rank 0 decides; the others hear of it by ``broadcast``."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, value: Any) -> Any: ...
+    def barrier(self) -> None: ...
+
+
+class Solo:
+    """A world of one process."""
+
+    rank = 0
+    size = 1
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def barrier(self) -> None:
+        return None
+
+
+@dataclass
+class Context:
+    """What a stage gets beside recipe, inputs and output folder; nothing of it bears identity.
+
+    ``scratch`` outlives a crash (checkpoints, finished rows) and is removed after sealing.
+    ``options`` holds the mechanism options of the command line (``ds``, ``engine``).
+    """
+
+    scratch: Path
+    execution: Execution = Execution()
+    world: World = field(default_factory=Solo)
+    options: dict[str, Any] = field(default_factory=dict)
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+    metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    def log(self, message: str) -> None:
+        """Say something to the person watching, once, not once a rank."""
+        if self.world.rank == 0:
+            self.console.print(message, highlight=False, markup=False)
+
+    def metric(self, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics of one step for tracking (rank 0 only)."""
+        if self.world.rank == 0:
+            self.metrics.append((step, dict(values)))
+
+
+Run = Callable[[Any, Mapping[str, Artifact], Path, Context], dict[str, Any]]
+
+
+def arguments(name: str) -> argparse.ArgumentParser:
+    """The frozen command line of the stage scripts."""
+    parser = argparse.ArgumentParser(prog=f"pipeline/{name}.py", allow_abbrev=False)
+    parser.add_argument("--job", type=Path, default=DEFAULT_JOB, help="job file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="override one value"
+    )
+    parser.add_argument("--rebuild", action="store_true", help="run again, moving the old aside")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of artifacts")
+    if name == "sft":
+        parser.add_argument("--ds", type=Path, help="DeepSpeed JSON (chooses ZeRO)")
+        parser.add_argument("--engine", choices=("fsdp", "ddp", "single"), help="other engines")
+        parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(name: str, run: Run, argv: Sequence[str] | None = None, world: World | None = None) -> int:
+    """Run one stage from the command line; returns the exit code."""
+    options = arguments(name).parse_args(argv)
+    world = world or Solo()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        _shell(name, run, options, world)
+        return 0
+    except UntaxedError as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; run the same command to go on", file=sys.stderr, flush=True)
+        return Stopped.exit_code
+    except OSError as error:
+        print(f"{name}: {_explain_os(error)}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        where = _save_traceback(options.runs, name)
+        print(
+            f"{name}: unexpected {type(error).__name__}: {one_line(error)[:500]}"
+            f" (traceback in {where})",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
+
+
+def _stop(signum: int, frame: object) -> None:
+    raise Stopped("stopped by SIGTERM; run the same command to go on")
+
+
+def _explain_os(error: OSError) -> str:
+    place = error.filename or "file system"
+    return f"{place}: {error.strerror or error}; free space or fix permissions, then run again"
+
+
+def _save_traceback(runs: Path, name: str) -> str:
+    try:
+        folder = runs / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        return str(path)
+    except OSError:
+        traceback.print_exc()
+        return "stderr"
+
+
+@dataclass
+class _Decision:
+    """What rank 0 tells the others: skip, run in ``staging``, or fail alike."""
+
+    planned: Planned | None = None
+    inputs: dict[str, Artifact] = field(default_factory=dict)
+    staging: Path | None = None
+    error: UntaxedError | None = None
+
+
+def _shell(name: str, run: Run, options: argparse.Namespace, world: World) -> None:
+    decision = _Decision()
+    with _Held() as held:
+        if world.rank == 0:
+            try:
+                decision = _decide(name, options, held)
+            except UntaxedError as error:
+                decision = _Decision(error=error)
+            except OSError as error:
+                decision = _Decision(error=UntaxedError(_explain_os(error)))
+        decision = world.broadcast(decision)
+        if decision.error is not None:
+            raise decision.error
+        if decision.staging is None or decision.planned is None:
+            return
+        _run(name, run, options, world, decision)
+
+
+class _Held:
+    """Keeps the build lock of rank 0 until the stage is sealed or has failed."""
+
+    def __init__(self) -> None:
+        import contextlib
+
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Held:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+
+def _decide(name: str, options: argparse.Namespace, held: _Held) -> _Decision:
+    job = load_job(options.job, tuple(options.set))
+    workspace = Workspace(options.runs.resolve())
+    planned = plan_job(job, workspace, adopt=True)[name]
+    inputs = planned.open_inputs()
+    held.stack.enter_context(art.lock(planned.folder))
+    if planned.folder.exists():
+        if options.rebuild:
+            aside = art.move_aside(planned.folder)
+            print(f"{name}: rebuilding; the old one is now {aside.name}", flush=True)
+        elif planned.sealed_from(inputs):
+            print(f"{name}: sealed already ({planned.folder.name})", flush=True)
+            Tracker(job, workspace.runs).seen(planned, art.open_artifact(planned.folder))
+            return _Decision(planned=planned)
+        else:
+            art.move_aside(planned.folder)
+    return _Decision(planned, inputs, art.stage_folder(planned.folder))
+
+
+def _run(
+    name: str, run: Run, options: argparse.Namespace, world: World, decision: _Decision
+) -> None:
+    planned, staging = decision.planned, decision.staging
+    assert planned is not None and staging is not None
+    scratch = planned.folder.parent / f".{planned.folder.name}.scratch"
+    scratch.mkdir(exist_ok=True)
+    context = Context(
+        scratch=scratch,
+        execution=planned.job.execution,
+        world=world,
+        options={"ds": getattr(options, "ds", None), "engine": getattr(options, "engine", None)},
+    )
+    tracker = Tracker(planned.job, planned.folder.parent) if world.rank == 0 else None
+    started = time.monotonic()
+    try:
+        if tracker:
+            tracker.start(planned)
+        context.log(f"{name}: {planned.folder.name}")
+        facts = run(planned.recipe, decision.inputs, staging, context)
+        world.barrier()
+        if tracker:
+            sealed = art.seal(
+                staging,
+                planned.folder,
+                stage=name,
+                stage_version=planned.version,
+                key=planned.key,
+                recipe=planned.recipe.model_dump(mode="json"),
+                inputs={k: v.digest for k, v in decision.inputs.items()},
+                facts=facts,
+                seconds=time.monotonic() - started,
+            )
+            tracker.finish(planned, sealed, context.metrics)
+            shutil.rmtree(scratch, ignore_errors=True)
+            print(
+                f"{name}: sealed {sealed.folder.name} in {sealed.manifest.seconds:.1f} s",
+                flush=True,
+            )
+        world.barrier()
+    except BaseException as error:
+        if tracker:
+            killed = isinstance(error, Stopped | KeyboardInterrupt)
+            tracker.fail(planned, "KILLED" if killed else "FAILED", one_line(error))
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+__all__ = ["Context", "DataError", "Frozen", "Solo", "World", "main"]

@@ -1,0 +1,1 @@
+"""The training step: engines, loop, loss, checkpoints."""

@@ -1,0 +1,124 @@
+"""Packed documents as the tensors of one micro-batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.artifact import Artifact
+from pipeline.data.packing import Pack, Step
+from pipeline.errors import DataError
+from pipeline.recipes import AnchorLoss
+
+ANCHOR = 2
+FILLER_TOKENS = 4
+
+
+@dataclass
+class MicroBatch:
+    """One pack of T tokens with N predicted positions.
+
+    ids, positions: int64 [1, T]; positions restart at each document, which is what isolates them.
+    predict: int64 [N], where the next token is trained. labels: int64 [N]. weights: float32 [N],
+    of the cross-entropy (0 where KL is the objective, and in a filler). reference: int64 [N], row
+    of the base's log-probabilities, or -1.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    predict: Tensor
+    labels: Tensor
+    weights: Tensor
+    reference: Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return MicroBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+
+
+class Documents:
+    """The documents of one split: tokens, trained mask, and what each is trained for."""
+
+    def __init__(self, artifact: Artifact, split: str, anchors: AnchorLoss) -> None:
+        from safetensors.numpy import load_file
+
+        arrays = load_file(artifact.path("tokens.safetensors"))
+        self.ids = arrays[f"{split}.ids"].astype(np.int64)
+        self.trained = arrays[f"{split}.trained"].astype(bool)
+        self.starts = arrays[f"{split}.starts"]
+        self.kind = arrays[f"{split}.kind"]
+        self.names = json.loads(artifact.path("documents.json").read_text())[split]
+        self.anchors = anchors
+        is_kl = (self.kind == ANCHOR) & (anchors.objective == "kl")
+        self.kl_documents = [int(d) for d in np.flatnonzero(is_kl)]
+        self.reference_start: dict[int, int] = {}
+        rows = 0
+        for d in self.kl_documents:
+            self.reference_start[d] = rows
+            rows += int(self.trained[self._span(d)].sum())
+        self.reference_rows = rows
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document."""
+        return [int(n) for n in np.diff(self.starts)]
+
+    def _span(self, d: int) -> slice:
+        return slice(int(self.starts[d]), int(self.starts[d + 1]))
+
+    def targets(self, documents: Sequence[int]) -> tuple[int, int]:
+        """(cross-entropy tokens, KL tokens) that ``documents`` hold."""
+        kl = sum(int(self.trained[self._span(d)].sum()) for d in documents if d in self._kl)
+        every = sum(int(self.trained[self._span(d)].sum()) for d in documents)
+        return every - kl, kl
+
+    @property
+    def _kl(self) -> dict[int, int]:
+        return self.reference_start
+
+    def micro_batch(self, pack: Pack) -> MicroBatch:
+        """The tensors of ``pack``; of an empty pack, a filler whose weights are all zero."""
+        if not pack:
+            return self._filler()
+        ids, positions, predict, labels, weights, reference = [], [], [], [], [], []
+        offset = 0
+        for d in pack:
+            span = self._span(d)
+            tokens, trained = self.ids[span], self.trained[span]
+            at = np.flatnonzero(trained)
+            if at[0] == 0:
+                raise DataError(f"document {self.names[d]}: its first token is trained")
+            is_kl = d in self._kl
+            weight = self.anchors.weight if self.kind[d] == ANCHOR else 1.0
+            ids.append(tokens)
+            positions.append(np.arange(len(tokens)))
+            predict.append(at - 1 + offset)
+            labels.append(tokens[at])
+            weights.append(np.full(len(at), 0.0 if is_kl else weight, dtype=np.float32))
+            first = self._kl.get(d, 0)
+            reference.append(np.arange(first, first + len(at)) if is_kl else np.full(len(at), -1))
+            offset += len(tokens)
+        flat = [np.concatenate(a) for a in (ids, positions, predict, labels, weights, reference)]
+        tensors = [torch.from_numpy(a) for a in flat]
+        return MicroBatch(tensors[0][None], tensors[1][None], *tensors[2:])
+
+    def _filler(self) -> MicroBatch:
+        """A few real tokens that weigh nothing, so that every rank does equal collectives."""
+        ids = torch.from_numpy(self.ids[:FILLER_TOKENS])[None]
+        zero = torch.zeros(1, dtype=torch.int64)
+        positions = torch.arange(ids.shape[1])[None]
+        return MicroBatch(ids, positions, zero, ids[0, 1:2], torch.zeros(1), zero - 1)
+
+
+def load_steps(artifact: Artifact) -> list[list[Step]]:
+    """Steps by epoch, as the pack stage fixed them."""
+    steps: list[list[Step]] = json.loads(Path(artifact.path("steps.json")).read_text())
+    return steps

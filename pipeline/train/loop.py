@@ -1,0 +1,180 @@
+"""The training loop: one for all engines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.data.packing import Step, assign
+from pipeline.errors import Stopped, UntaxedError
+from pipeline.recipes import SftRecipe
+from pipeline.stage import Context
+from pipeline.train import checkpoint
+from pipeline.train.batches import Documents
+from pipeline.train.checkpoint import Position
+from pipeline.train.engine import Engine, GradientWatch
+from pipeline.train.loss import Reference
+from pipeline.train.progress import StepProgress
+from pipeline.train.schedule import learning_rate
+from pipeline.train.world import device, sum_over_ranks
+
+MUST_MOVE_WITHIN = 2
+
+
+@dataclass
+class Split:
+    """Documents and the base's predictions on their anchor rows."""
+
+    documents: Documents
+    reference: Reference | None
+
+
+@dataclass
+class Trainer:
+    """Everything one run of the loop needs."""
+
+    engine: Engine
+    recipe: SftRecipe
+    context: Context
+    train: Split
+    dev: Split
+    epochs: list[list[Step]]
+    dev_step: Step
+    watch: GradientWatch
+    trainable: list[str]
+    stop_requested: Callable[[], bool]
+
+    def run(self, start: Position, save_epoch: Callable[[int], None]) -> Position:
+        """Train from ``start`` to the end; ``save_epoch(n)`` after each epoch, on all ranks."""
+        position = start
+        steps = sum(len(epoch) for epoch in self.epochs)
+        saved_at = time.monotonic()
+        first = 0
+        with StepProgress(self.context, steps, position.step) as progress:
+            for number, epoch in enumerate(self.epochs, start=1):
+                for index, step in enumerate(epoch):
+                    if first + index < position.step:
+                        continue
+                    started = time.monotonic()
+                    record = self._step(step, position.step, steps)
+                    record |= {"step": position.step, "epoch": number - 1 + (index + 1) / len(epoch)}
+                    tokens = sum(self.train.documents.lengths[d] for pack in step for d in pack)
+                    record["tokens_per_second"] = tokens / (time.monotonic() - started)
+                    position.step += 1
+                    position.history.append(record)
+                    self.context.metric(position.step, record)
+                    progress.advance(record)
+                    if index + 1 == len(epoch):
+                        position.history.append(self._validate(position.step))
+                        self.context.metric(position.step, position.history[-1])
+                        save_epoch(number)
+                    saved_at = self._maybe_checkpoint(position, saved_at)
+                first += len(epoch)
+        return position
+
+    def _step(self, step: Step, index: int, steps: int) -> dict[str, float]:
+        """One optimiser step over all ranks; its losses are per target token of the step."""
+        documents = self.train.documents
+        world = self.context.world
+        targets, kl_targets = documents.targets([d for pack in step for d in pack])
+        kl_weight = self.recipe.anchors.weight
+        sums = [0.0, 0.0]
+        for pack in assign(step, documents.lengths, world.size)[world.rank]:
+            batch = documents.micro_batch(pack).to(device())
+            cross_entropy, kl = self.engine.forward(batch, self.train.reference)
+            loss = cross_entropy / max(1, targets) + kl_weight * kl / max(1, kl_targets)
+            self._require_finite(loss, index, pack)
+            self.engine.backward(loss)
+            sums[0] += float(cross_entropy.detach())
+            sums[1] += float(kl.detach())
+        bad = not (self.watch.all_finite() and self.engine.gradient_finite())
+        ce_sum, kl_sum, bad_ranks = sum_over_ranks([*sums, float(bad)])
+        if bad_ranks:
+            raise UntaxedError(
+                f"sft: step {index + 1}: a gradient is not finite (documents"
+                f" {self._names([d for p in step for d in p])}); stopped before the update"
+            )
+        rate = learning_rate(self.recipe.optimizer, index, steps)
+        norm = self.engine.step(rate)
+        if not math.isfinite(norm):
+            raise UntaxedError(f"sft: step {index + 1}: the gradient norm is {norm}; stopped")
+        if index + 1 == MUST_MOVE_WITHIN:
+            self._require_moving()
+        return {
+            "loss": ce_sum / max(1, targets) + kl_weight * kl_sum / max(1, kl_targets),
+            "cross_entropy": ce_sum / max(1, targets),
+            "kl": kl_sum / max(1, kl_targets),
+            "learning_rate": rate,
+            "grad_norm": norm,
+        }
+
+    def _require_finite(self, loss: torch.Tensor, index: int, pack: list[int]) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise UntaxedError(
+                f"sft: step {index + 1}, rank {self.context.world.rank}: loss {float(loss)} on"
+                f" documents {self._names(pack)}; stopped before the update"
+            )
+
+    def _require_moving(self) -> None:
+        still = self.watch.never_moved(self.trainable) if self.watch.non_zero else []
+        counts = sum_over_ranks([float(name in still) for name in self.trainable])
+        dead = [n for n, c in zip(self.trainable, counts, strict=True) if c == self.context.world.size]
+        if dead:
+            raise UntaxedError(
+                f"sft: {len(dead)} of {len(self.trainable)} trainable tensors had no gradient in"
+                f" the first {MUST_MOVE_WITHIN} steps, such as {dead[0]}; nothing was saved"
+            )
+
+    @torch.no_grad()
+    def _validate(self, step: int) -> dict[str, float]:
+        """Loss on the development rows."""
+        documents, world = self.dev.documents, self.context.world
+        record: dict[str, float] = {"step": step}
+        if not self.dev_step:
+            return record
+        sums = [0.0, 0.0]
+        self.engine.module.eval()  # type: ignore[attr-defined]
+        for pack in assign(self.dev_step, documents.lengths, world.size)[world.rank]:
+            batch = documents.micro_batch(pack).to(device())
+            cross_entropy, kl = self.engine.forward(batch, self.dev.reference)
+            sums[0] += float(cross_entropy)
+            sums[1] += float(kl)
+        self.engine.module.train()  # type: ignore[attr-defined]
+        targets, kl_targets = documents.targets([d for pack in self.dev_step for d in pack])
+        ce_sum, kl_sum = sum_over_ranks(sums)
+        if targets:
+            record["dev_loss"] = ce_sum / targets
+        if kl_targets:
+            record["dev_kl"] = kl_sum / kl_targets
+        return record
+
+    def _maybe_checkpoint(self, position: Position, saved_at: float) -> float:
+        """Checkpoint when it is time or a stop is asked for; all ranks agree at a step boundary."""
+        due = time.monotonic() - saved_at >= self.context.execution.checkpoint_seconds
+        leads = self.context.world.rank == 0  # one clock decides
+        stop, save = sum_over_ranks([float(self.stop_requested()), float(due and leads)])
+        if stop or save:
+            rank = self.context.world.rank
+            checkpoint.save(self.context.scratch, self.engine, position, rank)
+            saved_at = time.monotonic()
+        if stop:
+            raise Stopped(
+                f"sft: stopped on request after step {position.step}; the same command goes on there"
+            )
+        return saved_at
+
+    def _names(self, documents: list[int]) -> str:
+        names = [self.train.documents.names[d] for d in documents]
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """metrics.jsonl: one record a step, and one a validation."""
+    import json
+
+    path.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")

@@ -1,0 +1,83 @@
+"""The processes of a training run, as torch.distributed knows them."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import RecipeError
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class DistributedWorld:
+    """One rank of ``size``; collectives on Python objects and on small CPU tensors."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's ``value`` on all ranks."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_world(*, always: bool) -> DistributedWorld | None:
+    """Join the process group that the launcher describes; None in a lone process.
+
+    With ``always`` a lone process becomes a group of one (DeepSpeed needs a group).
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if not always:
+            return None
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise RecipeError("RANK is set but MASTER_ADDR or MASTER_PORT is not; start with torchrun")
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+    if os.environ["MASTER_PORT"] == "0":
+        store = dist.HashStore()
+        dist.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
+        )
+    else:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    return DistributedWorld()
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Element-wise sum in float64; the values themselves in a lone process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return [float(v) for v in tensor]
+
+
+def gather_objects(value: T) -> list[T]:
+    """``value`` of every rank, in rank order, on all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, value)
+    return boxes

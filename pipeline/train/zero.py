@@ -1,0 +1,157 @@
+"""DeepSpeed ZeRO: stage, offload and buckets from the JSON, all else from the recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.errors import RecipeError
+from pipeline.recipes import SftRecipe
+from pipeline.train.engine import State, adamw, trainable
+from pipeline.train.loss import SftModule
+from pipeline.train.replicated import MOMENTS
+
+OWNED = {
+    "train_batch_size": "sft.batch",
+    "train_micro_batch_size_per_gpu": "sft.batch",
+    "gradient_accumulation_steps": "sft.batch",
+    "gradient_clipping": "sft.optimizer.max_grad_norm",
+    "optimizer": "sft.optimizer",
+    "scheduler": "sft.optimizer",
+    "bf16": "sft.precision",
+    "fp16": "sft.precision",
+    "torch_autocast": "sft.precision",
+}
+
+
+def read_config(path: Path, recipe: SftRecipe) -> dict[str, Any]:
+    """The DeepSpeed configuration: the JSON's mechanism plus what the recipe owns.
+
+    RecipeError when the JSON states a hyperparameter (other than "auto") or no ZeRO stage.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--ds {path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict) or "zero_optimization" not in config:
+        raise RecipeError(f"--ds {path}: has no zero_optimization section; see ds_configs/")
+    for key, owner in OWNED.items():
+        stated = config.pop(key, "auto")
+        if isinstance(stated, dict):
+            stated = stated.get("enabled", stated)
+        if stated != "auto":
+            raise RecipeError(f'--ds {path}: {key} belongs to the job file ({owner}); say "auto"')
+    return config | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # the loop knows when a step is complete
+        "gradient_clipping": recipe.optimizer.max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": recipe.lora is None and recipe.precision == "bf16"},
+    }
+
+
+class ZeroEngine:
+    """ZeRO 1 to 3. Frozen weights keep their own dtype; adapters are fp32, as in every engine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = "zero"
+
+    @contextlib.contextmanager
+    def loading(self, recipe: SftRecipe) -> Iterator[None]:
+        """Tell transformers of the configuration, so that stage 3 shards while it loads."""
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.config = read_config(self.path, recipe)
+        self.stage = int(self.config["zero_optimization"].get("stage", 0))
+        self.name = f"zero{self.stage}"
+        if self.stage == 3:
+            if recipe.quantization == "nf4":
+                raise RecipeError(
+                    "sft.quantization: nf4 with ZeRO-3 is not supported: its sharding cannot split"
+                    " quantized weights; use --engine fsdp, ddp or single"
+                )
+            self._alive = HfDeepSpeedConfig(self.config)
+        yield
+
+    def wrap(self, module: SftModule, recipe: SftRecipe) -> None:
+        import deepspeed
+
+        self.parameters = trainable(module)
+        optimizer = adamw(self.parameters.values(), recipe.optimizer)
+        self.module = module
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self.config, dist_init_required=False
+        )
+        self.world_size = dist.get_world_size()
+        for held in self._inner().state.values():
+            if "step" in held:  # DeepSpeed takes a trial step to allocate; it must not count
+                held["step"] = torch.zeros_like(torch.as_tensor(held["step"], dtype=torch.float32))
+
+    def _inner(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self.optimizer.optimizer
+        return inner
+
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.engine(*args, **options)
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; the loss is already a share of the global sum.
+        self.engine.backward(loss * self.world_size)
+
+    def gradient_finite(self) -> bool:
+        return True  # GradientWatch has seen the local gradients already
+
+    def step(self, learning_rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def trainable_state(self) -> State:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {n: _cpu(safe_get_full_fp32_param(p)) for n, p in self.parameters.items()}
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.parameters.items():
+            safe_set_full_fp32_param(parameter, state[name])
+
+    def optimizer_state(self) -> State:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: State = {}
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                state[f"{moment}.{name}"] = _cpu(safe_get_full_optimizer_state(parameter, moment))
+        for held in self._inner().state.values():
+            if "step" in held:
+                state["step"] = torch.as_tensor(held["step"], dtype=torch.float32).clone()
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        for name, parameter in self.parameters.items():
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"], moment)
+        for held in self._inner().state.values():
+            if "step" in held:
+                held["step"] = state["step"].clone()
+
+
+def _cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
