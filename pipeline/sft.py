@@ -89,7 +89,8 @@ def _splits(
     capacity = int(pack.manifest.recipe["pack"]["max_length"])
     top_k = recipe.anchors.top_k
     splits = [
-        Split(d, reference(engine, d, capacity, top_k, world.rank, world.size)) for d in (train, dev)
+        Split(d, reference(engine, d, capacity, top_k, world.rank, world.size))
+        for d in (train, dev)
     ]
     return splits[0], splits[1], capacity
 

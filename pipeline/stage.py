@@ -26,6 +26,7 @@ from pipeline.tracking import Tracker
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_JOB = ROOT / "jobs" / "quickstart.yaml"
+STATUS_FILE = "UNTAXED_STATUS_FILE"
 
 
 class World(Protocol):
@@ -99,7 +100,23 @@ def arguments(name: str) -> argparse.ArgumentParser:
 def main(name: str, run: Run, argv: Sequence[str] | None = None, world: World | None = None) -> int:
     """Run one stage from the command line; returns the exit code."""
     options = arguments(name).parse_args(argv)
-    world = world or Solo()
+    code = _guarded(name, run, options, world or Solo())
+    if code and STATUS_FILE in os.environ:
+        _say_status(Path(os.environ[STATUS_FILE]), code)
+    return code
+
+
+def _say_status(path: Path, code: int) -> None:
+    """Tell whoever started the launcher the exit code; the first rank that fails has the say."""
+    try:
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(str(code))
+    except FileExistsError:
+        pass
+
+
+def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> int:
+    """The stage with every failure turned into one line and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         _shell(name, run, options, world)

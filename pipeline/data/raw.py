@@ -121,7 +121,7 @@ def _download(source: SourceRecipe, target: Path) -> dict[str, Any]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # of the HTTP client that the hub uses
 
     name, commit = _hub_id(source), source.revision
     switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -130,7 +130,7 @@ def _download(source: SourceRecipe, target: Path) -> dict[str, Any]:
         if not offline:
             commit = HfApi().dataset_info(name, revision=source.revision).sha
         splits = load_dataset(name, source.subset, revision=commit)
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
         raise DataError(
             f"{source.source}: cannot be fetched ({_first_line(error)}); check id, subset and"
             " network, or give a local file"

@@ -171,7 +171,7 @@ def _row(record: Record, source: SourceRecipe) -> Row:
         think, response = split_think(response, place)
         if not response.strip():
             raise DataError(f"{place}: no answer after the think section; fix or drop the row")
-    if columns.think and record.values.get(columns.think) is not None:
+    if columns.think and record.values.get(columns.think) not in (None, ""):
         if think is not None:
             raise DataError(
                 f"{place}: two think sections, in {columns.think!r} and in {columns.response!r};"

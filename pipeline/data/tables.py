@@ -25,7 +25,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Record:
-    """One raw row. ``number`` is the line it starts on (JSONL, CSV) or its place from 1 (others)."""
+    """One raw row. ``number``: the line it starts on (JSONL, CSV) or its place from 1 (others)."""
 
     number: int
     place: str

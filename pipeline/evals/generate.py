@@ -19,12 +19,14 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from pipeline.errors import DataError
+from pipeline.evals.progress import Bar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
 HEADROOM_TOKENS = 64
+PREFIX_TOKENS = 8
 LOSS_BATCH_TOKENS = 2048
 
 
@@ -94,11 +96,15 @@ class _Row:
 
 
 class _Batch:
-    """The rows in flight and their cache."""
+    """The rows in flight and their cache; ``prefix``: token ids that all prompts begin with."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, prefix: Sequence[int] = ()) -> None:
         self.model: Any = model
         self.device = model.device
+        self.prefix = DynamicCache()
+        self.prefix_tokens = len(prefix)
+        if prefix:
+            self._run(torch.tensor([list(prefix)]), self.prefix)
         self.rows: list[_Row] = []
         self.layers: list[_SlotLayer] = []
         self.place = _Place(torch.empty(0), torch.empty(0), 0)
@@ -129,14 +135,19 @@ class _Batch:
     def _prefill(self, rows: list[_Row]) -> DynamicCache:
         """Keys and values of all prompt tokens but the last. Right padding needs no mask: causal
         attention never sees it, and the row's own tokens overwrite it."""
-        width = max(max(row.prompt_tokens for row in rows) - 1, 1)
-        tokens = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            head = row.ids[:-1] or row.ids
+        heads = [row.ids[self.prefix_tokens : -1] or [0] for row in rows]
+        tokens = torch.zeros(len(rows), max(map(len, heads)), dtype=torch.long)
+        for i, head in enumerate(heads):
             tokens[i, : len(head)] = torch.tensor(head)
         cache = DynamicCache()
-        self.model(tokens.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for depth, layer in enumerate(self.prefix.layers):
+            keys, values = (t.expand(len(rows), -1, -1, -1) for t in (layer.keys, layer.values))
+            cache.update(keys, values, depth)
+        self._run(tokens, cache)
         return cache
+
+    def _run(self, tokens: Tensor, cache: DynamicCache) -> None:
+        self.model(tokens.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def step(self) -> Tensor:
         """Logits [B, V] in fp32 after the last token of every row."""
@@ -198,8 +209,8 @@ def generate(
     _check(model, requests)
     waiting = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
     results: list[Generation | None] = [None] * len(requests)
-    batch = _Batch(model)
-    with _Bar(console, title, len(requests)) as bar:
+    batch = _Batch(model, _common_prefix(requests))
+    with Bar(console, title, len(requests)) as bar:
         while True:
             active = sum(not row.finished for row in batch.rows)
             if not active and not waiting:
@@ -228,6 +239,7 @@ def generate(
 
 def _check(model: PreTrainedModel, requests: Sequence[Request]) -> None:
     config = model.config
+    longest = getattr(config, "max_position_embeddings", None)
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
@@ -240,6 +252,23 @@ def _check(model: PreTrainedModel, requests: Sequence[Request]) -> None:
                 f"row {request.id}: {total} tokens do not fit the model's sliding window of"
                 f" {window}; lower max_new_tokens or leave the row out"
             )
+        if longest is not None and total > longest:
+            raise DataError(
+                f"row {request.id}: {len(request.prompt_ids)} prompt tokens and"
+                f" {request.max_new_tokens} new ones are more than the model's {longest} positions;"
+                " lower max_new_tokens or leave the row out"
+            )
+
+
+def _common_prefix(requests: Sequence[Request]) -> list[int]:
+    """The token ids before the last that all prompts share; [] when it is not worth a pass."""
+    if len(requests) < 2:
+        return []
+    low = min(list(request.prompt_ids[:-1]) for request in requests)
+    high = max(list(request.prompt_ids[:-1]) for request in requests)
+    shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), None)
+    shared = min(len(low), len(high)) if shared is None else shared
+    return low[:shared] if shared >= PREFIX_TOKENS else []
 
 
 def _row(index: int, request: Request, temperature: float, seed: int) -> _Row:
@@ -272,7 +301,11 @@ def _choose(batch: _Batch, temperature: float) -> list[int]:
 
 @torch.inference_mode()
 def loss(
-    model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    console: Console | None = None,
+    title: str = "loss",
 ) -> list[tuple[float, int]]:
     """Summed cross-entropy in nats and token count of each target given its prompt.
 
@@ -281,27 +314,29 @@ def loss(
     """
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(pairs)
-    for group in _groups(order, [len(p) + len(t) for p, t in pairs]):
-        width = max(len(pairs[i][0]) + len(pairs[i][1]) for i in group)
-        first = min(len(pairs[i][0]) for i in group) - 1
-        tokens = torch.zeros(len(group), width, dtype=torch.long)
-        labels = torch.full((len(group), width), -100)
-        for row, i in enumerate(group):
-            prompt, target = list(pairs[i][0]), list(pairs[i][1])
-            total = len(prompt) + len(target)
-            tokens[row, :total] = torch.tensor(prompt + target)
-            labels[row, len(prompt) - 1 : total - 1] = torch.tensor(target)
-        model_: Any = model
-        logits = model_(tokens.to(model.device), logits_to_keep=width - first).logits
-        wanted = labels[:, first:].to(model.device)
-        nats = functional.cross_entropy(
-            logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none"
-        )
-        sums = nats.double().sum(dim=1).tolist()
-        for i, value in zip(group, sums, strict=True):
-            if not math.isfinite(value):
-                raise DataError(f"worked answer {i}: the loss is {value}; the model is damaged")
-            results[i] = (float(value), len(pairs[i][1]))
+    with Bar(console, title, len(pairs)) as bar:
+        for group in _groups(order, [len(p) + len(t) for p, t in pairs]):
+            width = max(len(pairs[i][0]) + len(pairs[i][1]) for i in group)
+            first = min(len(pairs[i][0]) for i in group) - 1
+            tokens = torch.zeros(len(group), width, dtype=torch.long)
+            labels = torch.full((len(group), width), -100)
+            for row, i in enumerate(group):
+                prompt, target = list(pairs[i][0]), list(pairs[i][1])
+                total = len(prompt) + len(target)
+                tokens[row, :total] = torch.tensor(prompt + target)
+                labels[row, len(prompt) - 1 : total - 1] = torch.tensor(target)
+            model_: Any = model
+            logits = model_(tokens.to(model.device), logits_to_keep=width - first).logits
+            wanted = labels[:, first:].to(model.device)
+            nats = functional.cross_entropy(
+                logits.transpose(1, 2).float(), wanted, ignore_index=-100, reduction="none"
+            )
+            sums = nats.double().sum(dim=1).tolist()
+            for i, value in zip(group, sums, strict=True):
+                if not math.isfinite(value):
+                    raise DataError(f"worked answer {i}: the loss is {value}; the model is damaged")
+                results[i] = (float(value), len(pairs[i][1]))
+                bar.advance(len(pairs[i][1]))
     return results
 
 
@@ -313,36 +348,3 @@ def _groups(order: list[int], lengths: list[int]) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
-
-
-class _Bar:
-    """Rows done, tokens a second and time left; silent without a console."""
-
-    def __init__(self, console: Console | None, title: str, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeRemainingColumn as Remaining
-
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            Remaining(),
-            console=console,
-            disable=console is None or total == 0,
-        )
-        self.task = self.progress.add_task(title, total=total, rate="")
-        self.tokens = 0
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def advance(self, tokens: int) -> None:
-        self.tokens += tokens
-        elapsed = self.progress.tasks[0].elapsed or 0.0
-        rate = f"{self.tokens / elapsed:.0f} tokens/s" if elapsed > 0 else ""
-        self.progress.update(self.task, advance=1, rate=rate)

@@ -123,9 +123,9 @@ def read_adapter_config(path: Path, base_digest: str) -> dict[str, Any]:
         value = config.get(key)
         if value is not None and value not in allowed and not (value == () or value == []):
             raise DataError(f"{path}: {key}={value!r} cannot be merged; wanted {allowed[0]!r}")
-    for key in ("r", "lora_alpha"):
+    for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
             raise DataError(f"{path}: {key}={value!r}, wanted a positive number")
     trained_on = config.get("untaxed_base_digest")
     if trained_on is not None and trained_on != base_digest:

@@ -34,8 +34,9 @@ def probe_logits(
     folder, applied by PEFT itself at ``scale`` times its own scale.
     """
     model = _skeleton(folder)
+    tied = _tied(model)
     for name, module in model.named_modules():
-        _stream(module, name, read, _tied(model))
+        _stream(module, name, read, tied)
     if adapter is not None:
         model = _with_peft(model, adapter, scale)
     with torch.inference_mode():

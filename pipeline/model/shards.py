@@ -79,7 +79,7 @@ class Shard:
 
     def in_file_order(self) -> list[str]:
         """Tensor names by position of their bytes."""
-        return sorted(self.entries, key=lambda name: (self.entries[name].start, name))
+        return sorted(self.entries, key=lambda name: (self.entries[name].start, self.entries[name].stop))
 
     def blocks(self, name: str) -> Iterator[tuple[int, int, bytearray]]:
         """(first row, last row + 1, bytes) of a tensor, ``BLOCK_BYTES`` at a time."""
@@ -224,7 +224,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shards: dict[str, Shard] = {}
     where: dict[str, str] = {}
     for file in files:
-        if Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file:
             raise DataError(f"{index}: names {file!r}, wanted a file of its own folder")
         shards[file] = read_shard(folder / file)
         for name in shards[file].entries:

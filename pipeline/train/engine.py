@@ -20,6 +20,7 @@ class Engine(Protocol):
     """The interface of the four engines. Gradients are summed over ranks, never averaged."""
 
     name: str
+    module: nn.Module
 
     def loading(self, recipe: SftRecipe) -> contextlib.AbstractContextManager[None]:
         """Held while the model is loaded, so that a sharded engine shards as it loads."""

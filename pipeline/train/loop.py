@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline.data.packing import Step, assign
 from pipeline.errors import Stopped, UntaxedError
@@ -62,7 +63,10 @@ class Trainer:
                         continue
                     started = time.monotonic()
                     record = self._step(step, position.step, steps)
-                    record |= {"step": position.step, "epoch": number - 1 + (index + 1) / len(epoch)}
+                    record |= {
+                        "step": position.step,
+                        "epoch": number - 1 + (index + 1) / len(epoch),
+                    }
                     tokens = sum(self.train.documents.lengths[d] for pack in step for d in pack)
                     record["tokens_per_second"] = tokens / (time.monotonic() - started)
                     position.step += 1
@@ -123,7 +127,9 @@ class Trainer:
     def _require_moving(self) -> None:
         still = self.watch.never_moved(self.trainable) if self.watch.non_zero else []
         counts = sum_over_ranks([float(name in still) for name in self.trainable])
-        dead = [n for n, c in zip(self.trainable, counts, strict=True) if c == self.context.world.size]
+        dead = [
+            n for n, c in zip(self.trainable, counts, strict=True) if c == self.context.world.size
+        ]
         if dead:
             raise UntaxedError(
                 f"sft: {len(dead)} of {len(self.trainable)} trainable tensors had no gradient in"
@@ -138,13 +144,13 @@ class Trainer:
         if not self.dev_step:
             return record
         sums = [0.0, 0.0]
-        self.engine.module.eval()  # type: ignore[attr-defined]
+        set_dropout(self.engine.module, on=False)
         for pack in assign(self.dev_step, documents.lengths, world.size)[world.rank]:
             batch = documents.micro_batch(pack).to(device())
             cross_entropy, kl = self.engine.forward(batch, self.dev.reference)
             sums[0] += float(cross_entropy)
             sums[1] += float(kl)
-        self.engine.module.train()  # type: ignore[attr-defined]
+        set_dropout(self.engine.module, on=True)
         targets, kl_targets = documents.targets([d for pack in self.dev_step for d in pack])
         ce_sum, kl_sum = sum_over_ranks(sums)
         if targets:
@@ -171,6 +177,14 @@ class Trainer:
     def _names(self, documents: list[int]) -> str:
         names = [self.train.documents.names[d] for d in documents]
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def set_dropout(module: nn.Module, *, on: bool) -> None:
+    """Switch dropout alone. In evaluation mode bitsandbytes repacks 4-bit weights in place, and a
+    shard repacked between two gathers is garbage."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.train(on)
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:

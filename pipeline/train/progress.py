@@ -43,7 +43,9 @@ class StepProgress:
     def __enter__(self) -> StepProgress:
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task("", total=self.steps, completed=self.done, loss=0, speed=0)
+            self.task = self.bar.add_task(
+                "", total=self.steps, completed=self.done, loss=0, speed=0
+            )
         return self
 
     def advance(self, record: dict[str, float]) -> None:

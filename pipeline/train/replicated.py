@@ -26,6 +26,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ReplicatedEngine:
     """Engines ``single`` and ``ddp``; fsdp builds on it."""
 
+    module: nn.Module
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -35,7 +37,7 @@ class ReplicatedEngine:
 
     def wrap(self, module: SftModule, recipe: SftRecipe) -> None:
         """Move to the device and make the optimiser."""
-        self.module: nn.Module = module if recipe.quantization != "none" else module.to(device())
+        self.module = module if recipe.quantization != "none" else module.to(device())
         self._prepare(module, recipe)
 
     def _prepare(self, module: nn.Module, recipe: SftRecipe) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
 from pipeline.recipes import SftRecipe
@@ -42,6 +42,12 @@ def read_config(path: Path, recipe: SftRecipe) -> dict[str, Any]:
         raise RecipeError(f"--ds {path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or "zero_optimization" not in config:
         raise RecipeError(f"--ds {path}: has no zero_optimization section; see ds_configs/")
+    zero = config["zero_optimization"]
+    if zero.get("overlap_comm") and zero.get("stage") == 1:
+        raise RecipeError(
+            f"--ds {path}: overlap_comm does not work with ZeRO stage 1 when a step's gradients are"
+            " summed at its end; set it to false, or use stage 2 or 3"
+        )
     for key, owner in OWNED.items():
         stated = config.pop(key, "auto")
         if isinstance(stated, dict):
@@ -61,6 +67,8 @@ def read_config(path: Path, recipe: SftRecipe) -> dict[str, Any]:
 
 class ZeroEngine:
     """ZeRO 1 to 3. Frozen weights keep their own dtype; adapters are fp32, as in every engine."""
+
+    module: nn.Module
 
     def __init__(self, path: Path) -> None:
         self.path = path

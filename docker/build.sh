@@ -1,0 +1,38 @@
+#!/bin/sh
+# Build the image: docker/build.sh [cpu|gpu] [further build options]
+#
+# BUILDER       docker or buildah (default: whichever is there, docker first)
+# IMAGE         name of the image (default: untaxed), tagged with the target
+# BASE_IMAGE    a Python base image, for builds without a registry
+# Further options go to the builder as they are, such as --build-arg TORCH_INDEX_URL=...
+set -eu
+cd "$(dirname "$0")/.."
+target=cpu
+case "${1:-}" in
+cpu | gpu)
+    target=$1
+    shift
+    ;;
+"" | -*) ;;
+*)
+    echo "docker/build.sh: unknown target $1; wanted cpu or gpu" >&2
+    exit 64
+    ;;
+esac
+if [ -z "${BUILDER:-}" ]; then
+    if docker info >/dev/null 2>&1; then BUILDER=docker; else BUILDER=buildah; fi
+fi
+case "$BUILDER" in
+docker) command="docker build" ;;
+buildah) command="buildah build --format oci" ;;
+*)
+    echo "docker/build.sh: unknown BUILDER $BUILDER; wanted docker or buildah" >&2
+    exit 64
+    ;;
+esac
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' pipeline/__init__.py)
+revision=$(git rev-parse --verify --quiet HEAD || echo unknown)
+# shellcheck disable=SC2086  # the builder's name and its subcommand are two words
+exec $command --file docker/Dockerfile --target "$target" --tag "${IMAGE:-untaxed}:$target" \
+    --build-arg VERSION="$version" --build-arg REVISION="$revision" \
+    ${BASE_IMAGE:+--build-arg BASE_IMAGE="$BASE_IMAGE"} "$@" .

@@ -1,0 +1,131 @@
+"""``untaxed``: the console command over the stages. Torch-free."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import artifact as art
+from pipeline.errors import DataError, UntaxedError, one_line
+from pipeline.graph import Planned, Workspace, plan_job, stages_of
+from pipeline.launching import ENGINES, launch_stage
+from pipeline.recipes import Job, load_job
+from pipeline.stage import DEFAULT_JOB
+from pipeline.summary import print_summary, write_summary
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``untaxed``."""
+    top = argparse.ArgumentParser(prog="untaxed", description=__doc__, allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="all stages in order, skipping what is sealed")
+    plan = commands.add_parser("plan", help="what would run and why, without running it")
+    verify = commands.add_parser("verify", help="re-hash every file of all sealed artifacts")
+    for command in (run, plan):
+        command.add_argument(
+            "--job", type=Path, action="append", help="job file; several are compared in one report"
+        )
+        command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    for command in (run, plan, verify):
+        command.add_argument("--runs", type=Path, default=Path("runs"), help="artifacts folder")
+    run.add_argument("--nproc", type=int, default=1, help="processes of the sft stage")
+    run.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
+    run.add_argument("--rebuild", action="store_true", help="run every stage again")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        commands = {"run": run, "plan": plan, "verify": verify}
+        return commands[options.command](options)
+    except UntaxedError as error:
+        print(f"untaxed: {one_line(error)}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("untaxed: stopped; run the same command to go on", file=sys.stderr)
+        return 143
+    except OSError as error:
+        place = error.filename or "file system"
+        print(f"untaxed: {place}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _jobs(options: argparse.Namespace) -> list[tuple[Path, Job]]:
+    paths = options.job or [DEFAULT_JOB]
+    jobs = [(path, load_job(path, tuple(options.set))) for path in paths]
+    names = [job.name for _, job in jobs]
+    if len(set(names)) != len(names):
+        raise DataError(f"--job: two jobs of one name ({', '.join(names)}); rename one")
+    return jobs
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the stages of all jobs that are not sealed yet, then write the report."""
+    console = Console(stderr=True)
+    workspace = Workspace(options.runs.resolve())
+    jobs = _jobs(options)
+    for path, job in jobs:
+        console.rule(f"[bold]{job.name}[/]  {path}")
+        names = stages_of(job)
+        for number, name in enumerate(names, start=1):
+            planned = plan_job(job, workspace, adopt=False)[name]
+            if planned.state() == "sealed" and not options.rebuild:
+                console.print(
+                    f"[{number}/{len(names)}] {name}: sealed ({planned.folder.name})", markup=False
+                )
+                continue
+            console.print(f"[{number}/{len(names)}] {name}: {planned.state()}", markup=False)
+            code = launch_stage(name, path, options)
+            if code:
+                print(f"untaxed: {job.name}: stage {name} failed (exit {code})", file=sys.stderr)
+                return code
+    report = write_summary([job for _, job in jobs], workspace)
+    print_summary(report, workspace, Console())
+    return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print stages, keys and states; writes nothing."""
+    from pipeline.model.geometry import plan_facts
+
+    console = Console()
+    workspace = Workspace(options.runs.resolve())
+    for path, job in _jobs(options):
+        table = Table(title=f"{job.name} ({path})", title_justify="left")
+        for column in ("stage", "key", "state"):
+            table.add_column(column, overflow="fold")
+        for planned in plan_job(job, workspace, adopt=False).values():
+            table.add_row(planned.name, planned.key or "-", _why(planned))
+        console.print(table)
+        for name, value in plan_facts(job).items():
+            text = f"{value:,}" if isinstance(value, int) else value
+            console.print(f"  {name.replace('_', ' ')}: {text}", highlight=False)
+    return 0
+
+
+def _why(planned: Planned) -> str:
+    state = planned.state()
+    if state != "sealed":
+        return state
+    return f"sealed {art.open_artifact(planned.folder).manifest.created_at}"
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Re-hash all artifacts below ``--runs``."""
+    folders = sorted(path.parent for path in options.runs.glob("*/" + art.MANIFEST))
+    if not folders:
+        raise DataError(f"{options.runs}: no sealed artifact below this folder")
+    for folder in folders:
+        print(f"{folder.name}: {art.verify(folder)} files as sealed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

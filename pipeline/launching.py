@@ -1,0 +1,84 @@
+"""Starting one stage as a child: plain python, or ``deepspeed`` / ``torchrun`` for training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pipeline.errors import RecipeError
+from pipeline.stage import ROOT, STATUS_FILE
+
+ENGINES = ("zero3", "zero2", "zero1", "zero3-offload", "fsdp", "ddp", "single")
+
+
+def command_of(name: str, job: Path, options: argparse.Namespace) -> list[str]:
+    """The command line of one stage, as a person would type it."""
+    script = str(ROOT / "pipeline" / f"{name}.py")
+    arguments = ["--job", str(job), "--runs", str(options.runs)]
+    for assignment in options.set:
+        arguments += ["--set", assignment]
+    if options.rebuild:
+        arguments.append("--rebuild")
+    if name != "sft":
+        return [sys.executable, script, *arguments]
+    engine = options.engine or ("zero3" if options.nproc > 1 else "single")
+    if options.nproc < 1:
+        raise RecipeError(f"--nproc {options.nproc}: wanted at least 1")
+    if engine == "single":
+        if options.nproc > 1:
+            raise RecipeError(
+                f"--engine single with --nproc {options.nproc}; use fsdp, ddp or zero3"
+            )
+        return [sys.executable, script, *arguments, "--engine", "single"]
+    launcher = Path(sys.executable).parent
+    port = str(_free_port())
+    if engine.startswith("zero"):
+        config = str(ROOT / "ds_configs" / f"{engine}.json")
+        count = ["--num_accelerators", str(options.nproc), "--master_port", port]
+        return [str(launcher / "deepspeed"), *count, script, *arguments, "--ds", config]
+    count = ["--nproc-per-node", str(options.nproc), "--master-port", port]
+    return [str(launcher / "torchrun"), *count, script, *arguments, "--engine", engine]
+
+
+def launch_stage(name: str, job: Path, options: argparse.Namespace) -> int:
+    """Run one stage to its end; returns its exit code (0, 65, 78, 143 or 1).
+
+    A stop (SIGTERM, Ctrl-C) is passed on to every process of the stage. The ranks say their exit
+    code in a file, since launchers replace it by their own.
+    """
+    environment = os.environ.copy()
+    cores = len(os.sched_getaffinity(0))
+    processes = options.nproc if name == "sft" else 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"
+    with tempfile.TemporaryDirectory() as folder:
+        status = Path(folder) / "status"
+        environment[STATUS_FILE] = str(status)
+        child = subprocess.Popen(
+            command_of(name, job, options), env=environment, start_new_session=True
+        )
+
+        def forward(number: int, frame: object) -> None:
+            os.killpg(child.pid, signal.SIGTERM)
+
+        before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if status.exists():
+            return int(status.read_text())
+        return 0 if code == 0 else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

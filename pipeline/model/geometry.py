@@ -1,0 +1,131 @@
+"""Parameter counts from a decoder's shapes, before the model is on this machine. Torch-free.
+
+The counts are exact for the four architectures that ``Geometry`` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import DataError, RecipeError
+from pipeline.recipes import Geometry, Job, LoraRecipe
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+BF16_BYTES = 2
+
+
+def geometry_of(config: Mapping[str, Any]) -> Geometry:
+    """The shapes that a Hugging Face ``config.json`` states.
+
+    DataError for another architecture, for a size that is missing, and for the optional biases that
+    no model of these families is published with.
+    """
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise DataError(
+            f"config.json: model_type {architecture!r}; shapes are known for"
+            f" {', '.join(ARCHITECTURES)}"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise DataError(f"config.json: {key}=true is not counted; wanted false or absent")
+    try:
+        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+        return Geometry(
+            architecture=architecture,
+            hidden_size=hidden,
+            intermediate_size=config["intermediate_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or hidden // heads,
+            vocab_size=config["vocab_size"],
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+    except KeyError as error:
+        raise DataError(f"config.json: {error.args[0]} is missing; wanted a whole config") from None
+    except (TypeError, ValueError) as error:
+        raise DataError(f"config.json: a size is not a positive number: {error}") from error
+
+
+def linear_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear modules of one decoder layer, by name."""
+    hidden, inner = geometry.hidden_size, geometry.intermediate_size
+    query, key = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    return {
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
+def layer_parameters(geometry: Geometry) -> int:
+    """Parameters of one decoder layer: linear modules, their biases, and norms."""
+    shapes = linear_shapes(geometry)
+    count = sum(rows * columns for rows, columns in shapes.values()) + 2 * geometry.hidden_size
+    if geometry.architecture == "qwen2":
+        count += sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj"))
+    if geometry.architecture == "qwen3":
+        count += 2 * geometry.head_dim  # norms of queries and keys
+    return count
+
+
+def total_parameters(geometry: Geometry) -> int:
+    """Parameters of the whole model; tied embeddings count once."""
+    tables = 1 if geometry.tied_embeddings else 2
+    embeddings = tables * geometry.vocab_size * geometry.hidden_size
+    return embeddings + geometry.layers * layer_parameters(geometry) + geometry.hidden_size
+
+
+def lora_parameters(geometry: Geometry, recipe: LoraRecipe) -> int:
+    """Trainable parameters: rank x (in + out) for each adapted module.
+
+    RecipeError as in training: unknown target, layers out of range, rank above a module's size.
+    """
+    shapes = linear_shapes(geometry)
+    count = 0
+    for name in dict.fromkeys(recipe.modules):
+        if name not in shapes:
+            raise RecipeError(
+                f"sft.lora.targets: {name} matches no linear module; this model has"
+                f" {', '.join(sorted(shapes))}"
+            )
+        if recipe.rank > min(shapes[name]):
+            rows, columns = shapes[name]
+            raise RecipeError(
+                f"sft.lora.rank={recipe.rank} is above the size of {name} ({rows} x {columns})"
+            )
+        count += recipe.rank * sum(shapes[name])
+    return count * len(recipe.layers.select(geometry.layers))
+
+
+def plan_facts(job: Job, geometry: Geometry | None = None) -> dict[str, Any]:
+    """What is known of ``job`` before anything runs; empty without shapes.
+
+    ``geometry`` is that of the adopted base, if there is one; else the job file's is used.
+    """
+    shapes = geometry or job.base.geometry
+    if shapes is None:
+        return {}
+    total, recipe = total_parameters(shapes), job.sft.lora
+    facts: dict[str, Any] = {
+        "parameters": total,
+        "parameters_per_layer": layer_parameters(shapes),
+        "weights_bytes_bf16": total * BF16_BYTES,
+    }
+    if recipe is None:
+        return facts | {"method": "full", "trainable_parameters": total}
+    layers = recipe.layers.select(shapes.layers)
+    return facts | {
+        "method": "lora",
+        "trainable_parameters": lora_parameters(shapes, recipe),
+        "adapted_modules": len(set(recipe.modules)) * len(layers),
+        "first_layer": layers[0],
+        "last_layer": layers[-1],
+        "update_scale": recipe.scale,
+    }

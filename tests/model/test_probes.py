@@ -1,0 +1,79 @@
+"""Streamed logits against models loaded whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from parts import make_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from pipeline.model.probes import difference, probe_ids, probe_logits
+from pipeline.model.shards import open_checkpoint
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_equal_the_loaded_models(tmp_path: Path, architecture: str, tied: bool) -> None:
+    make_model(tmp_path, architecture, num_hidden_layers=2, tie_word_embeddings=tied)
+    ids = probe_ids(600)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.inference_mode():
+        want = model(input_ids=ids).logits
+    got = probe_logits(tmp_path, open_checkpoint(tmp_path).read, ids)
+    assert difference(want, got) < 1e-6
+
+
+def test_logits_with_an_adapter_at_a_scale(tmp_path: Path) -> None:
+    make_model(tmp_path, num_hidden_layers=2)
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+        LoraConfig(r=2, lora_alpha=6, target_modules=["up_proj", "v_proj"]),
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path), str(tmp_path / "adapter")
+    ).eval()
+    ids = probe_ids(600)
+    with torch.inference_mode():
+        want = loaded(input_ids=ids).logits
+    read = open_checkpoint(tmp_path).read
+    alone = probe_logits(tmp_path, read, ids)
+    full = probe_logits(tmp_path, read, ids, adapter=tmp_path / "adapter")
+    assert difference(want, full) < 1e-6 < 1e-3 < difference(want, alone)
+    none = probe_logits(tmp_path, read, ids, adapter=tmp_path / "adapter", scale=0.0)
+    assert difference(alone, none) < 1e-6
+
+
+def test_weights_are_read_one_module_at_a_time(tmp_path: Path) -> None:
+    """Never more than one weight of the model is alive."""
+    import weakref
+
+    make_model(tmp_path, num_hidden_layers=3)
+    checkpoint = open_checkpoint(tmp_path)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def read(name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = checkpoint.read(name)
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return tensor
+
+    probe_logits(tmp_path, read, probe_ids(600))
+    assert len(alive) == len(checkpoint.where)
+    assert most == 1
+
+
+def test_probe_ids_are_seeded_and_in_range() -> None:
+    assert torch.equal(probe_ids(100), probe_ids(100))
+    assert not torch.equal(probe_ids(100), probe_ids(100, seed=1))
+    assert probe_ids(7).shape == (4, 24)
+    assert int(probe_ids(7).max()) == 6
