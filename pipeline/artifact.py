@@ -123,7 +123,7 @@ def open_artifact(folder: Path) -> Artifact:
     except (ValidationError, UnicodeDecodeError) as error:
         problem = str(error).splitlines()[0]
         raise DataError(
-            f"{path}: damaged manifest ({problem}); rerun that stage with --rebuild"
+            f"{path}: damaged manifest ({problem}); {_way_out(folder, folder.name)}"
         ) from None
     for name, entry in manifest.files.items():
         target = folder / name
@@ -131,10 +131,17 @@ def open_artifact(folder: Path) -> Artifact:
         if size != entry.size:
             got = "missing" if size is None else f"{size} bytes"
             raise DataError(
-                f"{target}: {got}, sealed with {entry.size} bytes; rerun stage"
-                f" {manifest.stage} with --rebuild"
+                f"{target}: {got}, sealed with {entry.size} bytes;"
+                f" {_way_out(folder, manifest.stage)}"
             )
     return Artifact(folder, manifest)
+
+
+def _way_out(folder: Path, stage: str) -> str:
+    name = stage.partition("-")[0]
+    if name in ("base", "data"):  # adopted, not made by a stage
+        return f"remove the folder {folder.name}: it is then taken from its source again"
+    return f"rerun stage {name} with --rebuild"
 
 
 def verify(folder: Path) -> int:
@@ -145,7 +152,7 @@ def verify(folder: Path) -> int:
         if got != entry:
             raise DataError(
                 f"{folder / name}: content changed since it was sealed (sha256 {got.sha256[:12]},"
-                f" sealed {entry.sha256[:12]}); rerun stage {artifact.manifest.stage} with --rebuild"
+                f" sealed {entry.sha256[:12]}); {_way_out(folder, artifact.manifest.stage)}"
             )
     return len(artifact.manifest.files)
 
@@ -232,11 +239,14 @@ def move_aside(folder: Path) -> Path:
 def write_atomic(path: Path, text: str) -> None:
     """Write ``text`` so that a reader sees all of it or none of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,13 +15,14 @@ from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
 from pipeline.launching import ENGINES, launch_stage
 from pipeline.recipes import Job, load_job
-from pipeline.stage import DEFAULT_JOB
+from pipeline.stage import DEFAULT_JOB, Parser
 from pipeline.summary import print_summary, write_summary
+from pipeline.tracking import Tracker
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of ``untaxed``."""
-    top = argparse.ArgumentParser(prog="untaxed", description=__doc__, allow_abbrev=False)
+    top = Parser(prog="untaxed", description=__doc__, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all stages in order, skipping what is sealed")
     plan = commands.add_parser("plan", help="what would run and why, without running it")
@@ -71,21 +72,25 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
     workspace = Workspace(options.runs.resolve())
     jobs = _jobs(options)
+    ran: set[Path] = set()
     for path, job in jobs:
         console.rule(f"[bold]{job.name}[/]  {path}")
         names = stages_of(job)
         for number, name in enumerate(names, start=1):
             planned = plan_job(job, workspace, adopt=False)[name]
-            if planned.state() == "sealed" and not options.rebuild:
+            again = options.rebuild and planned.folder not in ran
+            if planned.state() == "sealed" and not again:
                 console.print(
                     f"[{number}/{len(names)}] {name}: sealed ({planned.folder.name})", markup=False
                 )
+                Tracker(job, workspace.runs).seen(planned, art.open_artifact(planned.folder))
                 continue
             console.print(f"[{number}/{len(names)}] {name}: {planned.state()}", markup=False)
             code = launch_stage(name, path, options)
             if code:
                 print(f"untaxed: {job.name}: stage {name} failed (exit {code})", file=sys.stderr)
                 return code
+            ran.add(plan_job(job, workspace, adopt=False)[name].folder)
     report = write_summary([job for _, job in jobs], workspace)
     print_summary(report, workspace, Console())
     return 0

@@ -37,8 +37,7 @@ def run(
     dev, dev_dropped = _render(conversations.path("dev.jsonl"), chat, recipe.pack.max_length)
     if not train:
         raise DataError(
-            f"pack: no document of {len(dropped)} fits pack.max_length={recipe.pack.max_length};"
-            " raise it"
+            f"no document of {len(dropped)} fits pack.max_length={recipe.pack.max_length}; raise it"
         )
     lengths = [len(d["ids"]) for d in train]
     strata = _strata(train)

@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import RecipeError
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+
+def _not_a_bool(value: object) -> object:
+    """YAML's yes, on and true are no numbers; pydantic would read them as 1."""
+    if isinstance(value, bool):
+        raise ValueError("wanted a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_not_a_bool)]
+Real = Annotated[float, BeforeValidator(_not_a_bool)]
+Fraction = Annotated[Real, Field(ge=0.0, le=1.0)]
+Positive = Annotated[Whole, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 
 
@@ -80,7 +90,11 @@ class Columns(Frozen):
 
 class SourceRecipe(Frozen):
     """One set of rows: ``sample:NAME`` (ships with the project), ``hub:org/name`` or a file
-    (JSONL, JSON, CSV, Parquet) relative to the data root."""
+    (JSONL, JSON, CSV, Parquet) relative to the data root.
+
+    ``where`` keeps rows whose column has that value. ``limit``: at most so many of them, evenly
+    spaced over the file and always the same ones; all where there are fewer.
+    """
 
     name: Name
     source: str = Field(min_length=1)
@@ -106,10 +120,10 @@ class PrepRecipe(Frozen):
     sources: tuple[TrainSource, ...] = Field(min_length=1)
     exclude: tuple[SourceRecipe, ...] = ()
     refusal_think: str | None = None
-    dev_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    dev_fraction: Annotated[Real, Field(ge=0.0, le=0.5)] = 0.1
     near_duplicate_threshold: Fraction = 0.8
     max_prompt_characters: Positive = 8000
-    seed: int = 0
+    seed: Whole = 0
 
 
 class AnchorRecipe(Frozen):
@@ -122,9 +136,9 @@ class AnchorRecipe(Frozen):
     max_new_tokens: Positive = 256
     truncated: Literal["drop", "keep"] = "drop"
     drop_refusals: bool = True
-    batch_rows: Positive = 32
-    temperature: Annotated[float, Field(ge=0.0)] = 0.0
-    seed: int = 0
+    batch_rows: Positive = 64
+    temperature: Annotated[Real, Field(ge=0.0)] = 0.0
+    seed: Whole = 0
 
 
 class Batch(Frozen):
@@ -144,14 +158,14 @@ class PackRecipe(Frozen):
     """Conversations to packed token rows. Documents longer than ``max_length`` are dropped."""
 
     max_length: Positive = 1024
-    seed: int = 0
+    seed: Whole = 0
 
 
 class Layers(Frozen):
     """Decoder layers to adapt: inclusive indices, or fractions of the depth (default: all)."""
 
-    first: Annotated[int, Field(ge=0)] | None = None
-    last: Annotated[int, Field(ge=0)] | None = None
+    first: Annotated[Whole, Field(ge=0)] | None = None
+    last: Annotated[Whole, Field(ge=0)] | None = None
     from_fraction: Fraction | None = None
     to_fraction: Fraction | None = None
 
@@ -197,12 +211,12 @@ class LoraRecipe(Frozen):
     """
 
     rank: Positive = 1
-    alpha: Annotated[float, Field(gt=0)] = 16.0
+    alpha: Annotated[Real, Field(gt=0)] = 16.0
     alpha_policy: Literal["fixed", "proportional", "rslora"] = "fixed"
     init: Literal["default", "pissa", "olora", "orthogonal"] = "default"
     targets: tuple[str, ...] | Literal["all-linear", "mlp", "attention"] = ("up_proj",)
     layers: Layers = Layers()
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[Real, Field(ge=0.0, lt=1.0)] = 0.0
 
     @property
     def scale(self) -> float:
@@ -221,14 +235,14 @@ class LoraRecipe(Frozen):
 class OptimizerRecipe(Frozen):
     """AdamW and its schedule (decay to zero over all steps, after a linear warm-up)."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    learning_rate: Annotated[Real, Field(gt=0)] = 5e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[Whole, Field(ge=0)] = 0
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.999
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    epsilon: Annotated[Real, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[Real, Field(gt=0)] | None = 1.0
 
 
 class AnchorLoss(Frozen):
@@ -237,7 +251,7 @@ class AnchorLoss(Frozen):
     for the rest."""
 
     objective: Literal["sft", "kl"] = "sft"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Annotated[Real, Field(ge=0)] = 1.0
     top_k: Positive = 64
 
 
@@ -251,7 +265,7 @@ class SftRecipe(Frozen):
     epochs: Positive = 4
     precision: Literal["bf16", "fp32"] = "bf16"
     anchors: AnchorLoss = AnchorLoss()
-    seed: int = 0
+    seed: Whole = 0
 
     @model_validator(mode="after")
     def quantized_needs_lora(self) -> SftRecipe:
@@ -265,7 +279,7 @@ class MergeRecipe(Frozen):
     to the base's dtype; below it, refuse, or write the whole model in fp32."""
 
     epoch: Positive | None = None
-    scale: Annotated[float, Field(ge=0)] = 1.0
+    scale: Annotated[Real, Field(ge=0)] = 1.0
     survival_floor: Fraction = 0.5
     below_floor: Literal["refuse", "fp32"] = "refuse"
 
@@ -299,10 +313,10 @@ class Check(Frozen):
         "reasoning_nll",
     ]
     compare: Literal["value", "difference", "relative"] = "value"
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: Real | None = None
+    at_most: Real | None = None
     min_rows: Positive = 50
-    min_base: float | None = None
+    min_base: Real | None = None
 
     @model_validator(mode="after")
     def one_bound(self) -> Check:
@@ -317,16 +331,16 @@ class EvalRecipe(Frozen):
     suites: tuple[Suite, ...] = Field(min_length=1)
     gate: tuple[Check, ...] = Field(min_length=1)
     batch_rows: Positive = 64
-    temperature: Annotated[float, Field(ge=0.0)] = 0.0
-    seed: int = 0
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = 0.95
+    temperature: Annotated[Real, Field(ge=0.0)] = 0.0
+    seed: Whole = 0
+    confidence: Annotated[Real, Field(gt=0.5, lt=1.0)] = 0.95
 
 
 class Execution(Frozen):
     """How fast, never what: left out of every key."""
 
     activation_checkpointing: bool = False
-    checkpoint_seconds: Annotated[float, Field(gt=0)] = 300.0
+    checkpoint_seconds: Annotated[Real, Field(gt=0)] = 300.0
 
 
 class Job(Frozen):
@@ -385,11 +399,17 @@ def _model_in(annotation: Any) -> Any:
     return None
 
 
+def _without_alternatives(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """``location`` without the names that pydantic gives to the members of a union."""
+    return tuple(part for part in location if isinstance(part, int) or part.isidentifier())
+
+
 def _explain(error: ValidationError, where: str) -> str:
     """The first problem of ``error`` in one line, with a suggestion for an unknown key."""
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    path = ".".join(str(part) for part in _without_alternatives(first["loc"]))
+    others = len({_without_alternatives(one["loc"]) for one in error.errors()}) - 1
+    more = f" (and {others} more)" if others else ""
     if first["type"] == "extra_forbidden":
         allowed = _allowed(first["loc"])
         close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1, cutoff=0.5)
@@ -433,7 +453,8 @@ def apply_set(tree: dict[str, Any], assignment: str) -> None:
 def parse_job(tree: object, where: str) -> Job:
     """A Job from parsed YAML; RecipeError names the file, the key and the way out."""
     if not isinstance(tree, dict):
-        raise RecipeError(f"{where}: wanted a mapping at the top, got {type(tree).__name__}")
+        got = "nothing" if tree is None else type(tree).__name__
+        raise RecipeError(f"{where}: wanted a mapping at the top, got {got}; see jobs/")
     try:
         return Job.model_validate(tree)
     except ValidationError as error:
@@ -465,7 +486,9 @@ class _UniqueKeys(yaml.SafeLoader):
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+            continue
+        key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.YAMLError(f"key {key!r} twice, line {key_node.start_mark.line + 1}")
         seen.add(key)

@@ -19,6 +19,7 @@ import torch
 
 from pipeline.artifact import Artifact
 from pipeline.data.packing import best_fit_decreasing
+from pipeline.errors import UntaxedError, one_line
 from pipeline.model import lora
 from pipeline.model.build import DTYPES, build_model
 from pipeline.recipes import SftRecipe
@@ -184,7 +185,11 @@ def start(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     options = arguments("sft").parse_args(argv)
-    world = init_world(always=options.ds is not None or options.engine == "fsdp")
+    try:
+        world = init_world(always=options.ds is not None or options.engine == "fsdp")
+    except UntaxedError as error:
+        print(f"sft: {one_line(error)}", file=sys.stderr, flush=True)
+        return error.exit_code
     try:
         return main("sft", run, argv, world)
     finally:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from rich.console import Console
 
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError, Stopped, UntaxedError, one_line
+from pipeline.errors import DataError, RecipeError, Stopped, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job
 from pipeline.recipes import Execution, Frozen, load_job
 from pipeline.tracking import Tracker
@@ -81,9 +84,18 @@ class Context:
 Run = Callable[[Any, Mapping[str, Artifact], Path, Context], dict[str, Any]]
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses a wrong command line as a wrong job file is refused: one line and exit code 78."""
+
+    def error(self, message: str) -> NoReturn:
+        name = Path(self.prog.partition(" ")[0]).stem
+        _say_status(RecipeError.exit_code)
+        self.exit(RecipeError.exit_code, f"{name}: {' '.join(message.split())}; see --help\n")
+
+
 def arguments(name: str) -> argparse.ArgumentParser:
     """The frozen command line of the stage scripts."""
-    parser = argparse.ArgumentParser(prog=f"pipeline/{name}.py", allow_abbrev=False)
+    parser = Parser(prog=f"pipeline/{name}.py", allow_abbrev=False)
     parser.add_argument("--job", type=Path, default=DEFAULT_JOB, help="job file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="override one value"
@@ -101,18 +113,18 @@ def main(name: str, run: Run, argv: Sequence[str] | None = None, world: World | 
     """Run one stage from the command line; returns the exit code."""
     options = arguments(name).parse_args(argv)
     code = _guarded(name, run, options, world or Solo())
-    if code and STATUS_FILE in os.environ:
-        _say_status(Path(os.environ[STATUS_FILE]), code)
+    if code:
+        _say_status(code)
     return code
 
 
-def _say_status(path: Path, code: int) -> None:
+def _say_status(code: int) -> None:
     """Tell whoever started the launcher the exit code; the first rank that fails has the say."""
-    try:
-        with path.open("x", encoding="utf-8") as stream:
+    if STATUS_FILE not in os.environ:
+        return
+    with contextlib.suppress(FileExistsError):
+        with Path(os.environ[STATUS_FILE]).open("x", encoding="utf-8") as stream:
             stream.write(str(code))
-    except FileExistsError:
-        pass
 
 
 def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> int:
@@ -122,15 +134,17 @@ def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> 
         _shell(name, run, options, world)
         return 0
     except UntaxedError as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr, flush=True)
+        message = one_line(error).removeprefix(f"{name}: ")
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{name}: stopped; run the same command to go on", file=sys.stderr, flush=True)
         return Stopped.exit_code
-    except OSError as error:
-        print(f"{name}: {_explain_os(error)}", file=sys.stderr, flush=True)
-        return 1
     except Exception as error:
+        refused = _system_error(error)
+        if refused is not None:
+            print(f"{name}: {_explain_os(refused, options.runs)}", file=sys.stderr, flush=True)
+            return 1
         where = _save_traceback(options.runs, name)
         print(
             f"{name}: unexpected {type(error).__name__}: {one_line(error)[:500]}"
@@ -145,21 +159,28 @@ def _stop(signum: int, frame: object) -> None:
     raise Stopped("stopped by SIGTERM; run the same command to go on")
 
 
-def _explain_os(error: OSError) -> str:
-    place = error.filename or "file system"
+def _system_error(error: Exception) -> OSError | None:
+    """The system's own refusal, such as a full disk, also where a library wrapped it."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))  # what Rust leaves of it
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+
+
+def _explain_os(error: OSError, runs: Path) -> str:
+    place = error.filename or f"writing below {runs}"
     return f"{place}: {error.strerror or error}; free space or fix permissions, then run again"
 
 
 def _save_traceback(runs: Path, name: str) -> str:
-    try:
-        folder = runs / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
-        path.write_text(traceback.format_exc(), encoding="utf-8")
-        return str(path)
-    except OSError:
-        traceback.print_exc()
-        return "stderr"
+    """Write the traceback beside the artifacts, or where that fails among temporary files."""
+    file = f"{name}-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.log"
+    for folder in (runs / "logs", Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(traceback.format_exc(), encoding="utf-8")
+            return str(folder / file)
+    return "no file: nothing here can be written"
 
 
 @dataclass
@@ -181,7 +202,7 @@ def _shell(name: str, run: Run, options: argparse.Namespace, world: World) -> No
             except UntaxedError as error:
                 decision = _Decision(error=error)
             except OSError as error:
-                decision = _Decision(error=UntaxedError(_explain_os(error)))
+                decision = _Decision(error=UntaxedError(_explain_os(error, options.runs)))
         decision = world.broadcast(decision)
         if decision.error is not None:
             raise decision.error
@@ -194,8 +215,6 @@ class _Held:
     """Keeps the build lock of rank 0 until the stage is sealed or has failed."""
 
     def __init__(self) -> None:
-        import contextlib
-
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Held:

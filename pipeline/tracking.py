@@ -1,14 +1,343 @@
-"""The only module that imports mlflow."""
+"""Job and stage runs in MLflow. The only module that imports mlflow, and only when it must.
+
+Truth is the manifest; MLflow is an index of it. Where: a SQLite file and a folder of artifacts
+beside the sealed ones, unless MLFLOW_TRACKING_URI names a store. The experiment is "untaxed"
+(MLFLOW_EXPERIMENT_NAME).
+
+A job has one run, found by its name and ``untaxed.job_key``: the key of its eval stage, which is a
+hash over the keys of all its stages, so that a changed recipe or changed data is another run. Its
+stages are nested runs found by ``untaxed.key``; a stage that runs again goes on in the same run.
+
+Tracking never costs a training: what cannot be recorded now is one warning line and waits in the
+spool. What goes wrong in the store is tried again with the next event; an event that the store
+refuses for what it says is set aside.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline import artifact as art
+from pipeline.artifact import Artifact
+from pipeline.errors import DataError, UntaxedError, one_line
+from pipeline.graph import Planned
+from pipeline.recipes import Job
+from pipeline.registry import ARTIFACTS, TIMEOUT, TIMEOUT_SECONDS, Registry, patient
+from pipeline.spool import (
+    Event,
+    Metrics,
+    Spool,
+    failed,
+    locked,
+    read_event,
+    sealed,
+    started,
+    still_sealed,
+    uninterrupted,
+)
+
+EXPERIMENT = "untaxed"
+# The spool tries again, so one short try is enough; files get longer.
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    TIMEOUT: TIMEOUT_SECONDS,
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+MOST_METRICS = 1000
+MOST_PARAMS = MOST_TAGS = 100
+DATASET_DIGEST = 36
+FILES = {
+    "prep": ("sheet.json",),
+    "pack": ("trained.txt",),
+    "sft": ("metrics.jsonl",),
+    "merge": ("README.md", "certificate.json"),
+    "eval": ("report.json", "report.html", "scores.json", "*.png", "*.svg"),
+}
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+def store_uri(runs: Path) -> str:
+    """Where runs are recorded: MLFLOW_TRACKING_URI, or a SQLite file beside the artifacts."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve() / 'mlflow.db'}"
+
+
+def _experiment() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite store; None for other stores."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _served(uri: str) -> bool:
+    return uri.startswith(("http:", "https:"))
 
 
 class Tracker:
-    def __init__(self, job: Any, runs: Path) -> None: ...
-    def start(self, planned: Any) -> None: ...
-    def finish(self, planned: Any, sealed: Any, metrics: Any) -> None: ...
-    def fail(self, planned: Any, status: str, message: str) -> None: ...
-    def seen(self, planned: Any, sealed: Any) -> None: ...
+    """Records what happens to the stages of one job. Nothing here raises but a request to stop."""
+
+    def __init__(self, job: Job, runs: Path) -> None:
+        self.job = job
+        self.runs = runs.resolve()
+        self.spool = Spool(self.runs)
+        self.warned = False
+
+    def start(self, planned: Planned) -> None:
+        """A stage begins or goes on."""
+        self._record(lambda: started(self.job, planned))
+
+    def finish(self, planned: Planned, artifact: Artifact, metrics: Metrics) -> None:
+        """A stage is sealed; ``metrics`` are (step, values)."""
+        self._record(lambda: sealed("finish", self.job, planned, artifact, metrics))
+
+    def fail(self, planned: Planned, status: str, message: str) -> None:
+        """A stage ended as FAILED or KILLED. What is sealed did not fail, whatever came after."""
+        if not (planned.folder / art.MANIFEST).exists():
+            self._record(lambda: failed(self.job, planned, status, message))
+
+    def seen(self, planned: Planned, artifact: Artifact) -> None:
+        """A sealed stage is skipped: record it if it is not. Costs no import when it is."""
+        self._record(lambda: sealed("seen", self.job, planned, artifact, ()))
+
+    def _record(self, make: Callable[[], Event]) -> None:
+        with uninterrupted():
+            try:
+                event = make()
+                if event["kind"] != "seen":
+                    self.spool.append(event)
+                elif self._recorded(event):
+                    return
+                elif not self.spool.waits(event):
+                    self.spool.append(event)
+                with self.spool.held():
+                    self._drain()
+            except Exception as error:
+                self._warn(f"{one_line(error)[:300]}; recorded later, from {self.spool.folder}")
+
+    def _recorded(self, event: Event) -> bool:
+        uri = store_uri(self.runs)
+        database = _database(uri)
+        gone = database is not None and not database.exists()
+        return not gone and self.spool.mark(f"{uri} {_experiment()}", event).exists()
+
+    def _drain(self) -> None:
+        """Record all events that wait, in order; stops at the first that the store has no ear for."""
+        waiting = self.spool.waiting()
+        if not waiting:
+            return
+        store = connect(self.runs)
+        for path in waiting:
+            event = read_event(path)
+            try:
+                if event is None:
+                    raise DataError("damaged event")
+                mark = self.spool.mark(store.name, event)
+                if event["kind"] != "seen" or not mark.exists():
+                    apply(store, event)
+            except Exception as error:
+                if not _refused(error):
+                    raise
+                aside = self.spool.set_aside(path)
+                self._warn(f"{one_line(error)[:300]}; not recorded, kept as {aside}")
+                continue
+            if event["digest"]:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            path.unlink()
+
+    def _warn(self, message: str) -> None:
+        if not self.warned:
+            self.warned = True
+            uri = store_uri(self.runs)
+            secret = urlsplit(uri).netloc.rpartition("@")[0]
+            line = f"tracking: {uri}: {message}"
+            line = line.replace(f"{secret}@", "") if secret else line
+            print(line, file=sys.stderr, flush=True)
+
+
+def _refused(error: Exception) -> bool:
+    """True if the event is at fault and not the store: it would fail for ever."""
+    if isinstance(error, LookupError | TypeError | FileNotFoundError | DataError):
+        return True
+    return getattr(error, "error_code", None) in REFUSALS
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store; ``name`` says which, ``experiment`` is an id."""
+
+    client: Any
+    name: str
+    experiment: str
+    runs: Path
+    registry: Registry
+
+
+def connect(runs: Path) -> Store:
+    """Open the store and make its experiment; any error means that it cannot be used now."""
+    uri = store_uri(runs)
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
+    if not _served(uri):
+        import mlflow.store.db.utils
+
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # ten take minutes of a training
+    store = f"{uri} {_experiment()}"
+    registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or uri
+    database = _database(uri)
+    # Processes that create the tables of one SQLite file together break each other.
+    first = locked(database.with_name(f"{database.name}.lock")) if database else None
+    with first or contextlib.nullcontext():
+        if database and not database.exists():
+            shutil.rmtree(Spool(runs).marks(store), ignore_errors=True)
+        client = MlflowClient(tracking_uri=uri)
+        experiment = _open_experiment(client, uri, runs)
+    registry = Registry(client, experiment, runs, _served(registry_uri))
+    return Store(client, store, experiment, runs, registry)
+
+
+def _open_experiment(client: Any, uri: str, runs: Path) -> str:
+    """Id of the experiment. A server has its own place for artifacts; else they lie below runs."""
+    from mlflow.exceptions import MlflowException
+
+    name = _experiment()
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        place = None if _served(uri) else (runs / ARTIFACTS).as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=place))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process was first
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise UntaxedError(
+            f"experiment {name} is deleted; restore it or set MLFLOW_EXPERIMENT_NAME"
+        )
+    return str(found.experiment_id)
+
+
+def apply(store: Store, event: Event) -> None:
+    """Make the store say what ``event`` says. Doing it twice changes nothing."""
+    job = {"untaxed.job": event["job"], "untaxed.job_key": event["job_key"]}
+    parent = _run(store, event["job"], job, event["begin"])
+    stage = {"untaxed.stage": event["stage"], "untaxed.key": event["key"]}
+    stage["mlflow.parentRunId"] = parent.info.run_id
+    run = _run(store, event["stage"], stage, event["begin"])
+    if "untaxed.error" in run.data.tags and "untaxed.error" not in event["tags"]:
+        store.client.delete_tag(run.info.run_id, "untaxed.error")
+    # A parameter cannot be changed; what the run has is left as it is.
+    missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
+    _log(store, run, event["tags"], missing, event.get("metrics", ()), event.get("metrics_at"))
+    _log_files(store, run, event)
+    if event["digest"]:
+        _log_datasets(store, run, event["datasets"])
+        if event["stage"] == "eval":
+            first = [metric for metric in event["metrics"] if metric[2] == 0]
+            _log(store, parent, {}, {}, first, event["metrics_at"])
+    _set_status(store, run, event["status"], event["time"])
+    if event["job_status"]:
+        _set_status(store, parent, event["job_status"], event["time"])
+    if event["digest"] and event["stage"] == "merge":
+        store.registry.offer(event, run.info.run_id)
+    elif event["digest"] and event["stage"] == "eval":
+        store.registry.release(event)
+
+
+def _run(store: Store, name: str, identity: Mapping[str, str], begin: int) -> Any:
+    """The run with these tags, made when there is none."""
+    wanted = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in identity.items())
+    found = store.client.search_runs([store.experiment], wanted, max_results=1)
+    if found:
+        return found[0]
+    return store.client.create_run(
+        store.experiment, start_time=begin, tags=dict(identity), run_name=name
+    )
+
+
+def _set_status(store: Store, run: Any, status: str, at: int) -> None:
+    if status != "RUNNING":
+        store.client.set_terminated(run.info.run_id, status, end_time=at)
+    elif run.info.status != "RUNNING":
+        store.client.update_run(run.info.run_id, status="RUNNING")
+
+
+def _log(
+    store: Store,
+    run: Any,
+    tags: Mapping[str, str],
+    params: Mapping[str, str],
+    metrics: Sequence[tuple[str, float, int]],
+    at: int | None,
+) -> None:
+    """Log in batches of the sizes that MLflow takes; metrics are (name, value, step)."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    groups: tuple[tuple[str, list[Any], int], ...] = (
+        ("tags", [RunTag(*item) for item in tags.items()], MOST_TAGS),
+        ("params", [Param(*item) for item in params.items()], MOST_PARAMS),
+        ("metrics", [Metric(name, value, at, step) for name, value, step in metrics], MOST_METRICS),
+    )
+    for kind, entries, most in groups:
+        for first in range(0, len(entries), most):
+            store.client.log_batch(run.info.run_id, **{kind: entries[first : first + most]})
+
+
+def _log_files(store: Store, run: Any, event: Event) -> None:
+    """The recipe, and for a sealed stage its manifest and its small files.
+
+    They go through a folder of copies: sealed files are read-only, and so would be what MLflow
+    makes of them, which could not be written a second time.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        (place / "recipe.json").write_text(json.dumps(event["recipe"], indent=1), encoding="utf-8")
+        found = event["digest"] and still_sealed(store.runs / event["folder"], event["digest"])
+        if found:
+            for name in (art.MANIFEST, *found.manifest.files):
+                wanted = (art.MANIFEST, *FILES.get(event["stage"], ()))
+                if any(fnmatch.fnmatch(name, pattern) for pattern in wanted):
+                    (place / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(found.folder / name, place / name)
+        with patient():
+            store.client.log_artifacts(run.info.run_id, str(place))
+
+
+def _log_datasets(store: Store, run: Any, datasets: Sequence[Mapping[str, Any]]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = [
+        DatasetInput(
+            Dataset(
+                name=one["name"],
+                digest=one["digest"][:DATASET_DIGEST],
+                source_type="local",
+                source=json.dumps({"uri": (store.runs / one["folder"]).as_uri()}),
+                profile=json.dumps(one["origin"]),
+            ),
+            tags=[InputTag("mlflow.data.context", one["context"])],
+        )
+        for one in datasets
+    ]
+    if inputs:
+        store.client.log_inputs(run.info.run_id, inputs)

@@ -13,7 +13,7 @@ import yaml
 from pipeline.data.chat import Chat
 from pipeline.graph import Workspace, plan_job, stages_of
 from pipeline.model.geometry import plan_facts
-from pipeline.recipes import Job, load_job
+from pipeline.recipes import METRICS, Job, load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared/data"
@@ -118,7 +118,10 @@ def test_every_objective_is_measured_and_guarded(path: Path) -> None:
         "benign",
         "reasoning",
     }
-    assert len({check.metric for check in loaded.eval.gate}) == 5
+    wanted = set(METRICS)
+    if path.stem == "refusals-smollm2":  # GSM8K is beyond a model of 135M
+        wanted.discard("reasoning_accuracy")
+    assert {check.metric for check in loaded.eval.gate} == wanted
     for suite in loaded.eval.suites:
         assert suite.measures != "reasoning" or suite.columns.response
 
@@ -137,6 +140,24 @@ def test_real_models_are_planned_from_their_stated_shapes(name: str, tmp_path: P
     assert not list(tmp_path.iterdir()), "planning writes nothing"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_the_command_line_plans_every_file_with_nothing_at_hand(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No base, no data, no network: stages and counts are known all the same."""
+    from pipeline import cli
+
+    monkeypatch.setenv("UNTAXED_DATA", str(tmp_path))
+    assert cli.main(["plan", "--job", str(path), "--runs", str(tmp_path / "runs")]) == 0
+    printed = capsys.readouterr().out
+    loaded = load_job(path)
+    for stage in stages_of(loaded):
+        assert stage in printed
+    for value in plan_facts(loaded).values():
+        assert (f"{value:,}" if isinstance(value, int) else str(value)) in printed
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("name", [n for n in REAL if n != "paper-r1-7b"])
 def test_the_untaxed_recipe_holds_benign_answers_by_kl(name: str) -> None:
     loaded = job(name)
@@ -153,6 +174,30 @@ def test_the_untaxed_recipe_holds_benign_answers_by_kl(name: str) -> None:
     assert loaded.sft.batch.tokens >= loaded.pack.max_length, "a step holds any document"
     assert loaded.anchor is not None
     assert loaded.anchor.max_new_tokens <= loaded.pack.max_length // 2, "room for the prompt"
+    greedy = loaded.prep.refusal_think is None
+    assert loaded.eval.temperature == loaded.anchor.temperature == (0.0 if greedy else 0.6)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_generation_fits_one_device_of_80_gb(name: str) -> None:
+    """Weights, the cache of a whole batch at its longest, and its copy while the cache grows."""
+    loaded, prompt_tokens, device_bytes = job(name), 300, 80e9
+    facts = plan_facts(loaded)
+    batches = [(loaded.eval.batch_rows, s.max_new_tokens) for s in loaded.eval.suites]
+    if loaded.anchor:
+        batches.append((loaded.anchor.batch_rows, loaded.anchor.max_new_tokens))
+    for rows, new_tokens in batches:
+        cache = rows * (prompt_tokens + new_tokens) * facts["cache_bytes_per_token_bf16"]
+        assert facts["weights_bytes_bf16"] + 2 * cache < device_bytes
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_reasoning_models_have_room_to_think(name: str) -> None:
+    loaded = job(name)
+    thinks = loaded.prep.refusal_think is not None
+    for suite in loaded.eval.suites:
+        assert suite.max_new_tokens >= (2048 if thinks else 1024)
+        assert suite.limit is None or suite.measures == "reasoning", "benchmarks are taken whole"
 
 
 def test_the_paper_job_states_the_published_hyperparameters() -> None:
@@ -232,15 +277,14 @@ def test_local_sources_have_the_files_and_columns_that_the_job_names(
     assert (
         sizes
         == {
-            "star1-smollm2": {"star1": 1000},
+            "star1-smollm2": {"star1": 240},
             "refusals-smollm2": {
-                "harmful": 260,
-                "harmless": 300,
-                "strongreject": 100,
+                "harmful": 200,
+                "harmless": 240,
+                "strongreject": 313,
                 "xstest": 450,
                 "xstest-safe": 250,
-                "xstest-unsafe": 200,
-                "gsm8k": 60,
+                "gsm8k": 80,
             },
         }[name]
     )
@@ -251,6 +295,7 @@ def test_think_sections_of_star1_survive_the_chat_format() -> None:
     from pipeline.data.rows import read_rows
 
     (source,) = job("star1-smollm2").prep.sources
+    source = source.model_copy(update={"limit": None})
     raw = json.loads((DATA / source.source).read_text(encoding="utf-8"))
     chat = chat_of("star1-smollm2", "{{ messages[0]['content'] }}")
     rows = read_rows(DATA / source.source, source)

@@ -60,12 +60,20 @@ class Chat:
     def target_text(self, think: str | None, response: str, *, prompt: str) -> str:
         """What the assistant writes: the think section, if any, then the response.
 
-        A template that opened the think section itself (DeepSeek-R1) is not opened twice.
+        A section that the template opened itself (DeepSeek-R1) is not opened twice, and is closed
+        before a response without thoughts. RecipeError where the template closed it already.
         """
-        if think is None:
-            return response
         open_, close = self.recipe.think_open, self.recipe.think_close
-        if open_ and prompt.rstrip().endswith(open_.strip()):
+        opened = bool(open_.strip()) and prompt.rstrip().endswith(open_.strip())
+        if think is None:
+            return f"{close}{response}" if opened else response
+        if close.strip() and prompt.rstrip().endswith(close.strip()):
+            raise RecipeError(
+                "chat: the generation prompt ends with a closed think section, and a row has"
+                " thoughts of its own; leave prep.refusal_think out, or let the template think"
+                " (chat.template_options)"
+            )
+        if opened:
             open_ = "" if prompt.endswith(open_) else open_[len(open_.rstrip()) :]
         return f"{open_}{think}{close}{response}"
 

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.artifact import Artifact
 from pipeline.data.chat import Message
@@ -17,6 +17,7 @@ from pipeline.data.tables import Record, kind_of, read_table
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipes import SourceRecipe, TrainSource
 
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 MAX_TEXT_CHARACTERS = 1_000_000
@@ -52,8 +53,8 @@ def read_rows(data: Artifact | Path, source: SourceRecipe) -> list[Row]:
     """The rows of ``source`` in file order, after ``split``, ``where`` and ``limit``.
 
     ``where`` and ``split`` compare a value's text (``true`` and ``false`` for booleans); a row
-    without a value does not match, of a list one element is enough. ``limit`` takes the first
-    rows that match, in file order and without a seed. Only rows that are taken are checked.
+    without a value does not match, of a list one element is enough. ``limit`` takes that many of
+    the rows that match, evenly spaced over the file. Only rows that are taken are checked.
 
     Raises:
         DataError: a broken file or row, a column that is not there, no row left.
@@ -62,7 +63,16 @@ def read_rows(data: Artifact | Path, source: SourceRecipe) -> list[Row]:
     _check_columns(source)
     records = read_table(_file_of(data), source.source)
     records = _select(records, source)
-    return [_row(record, source) for record in records[: source.limit]]
+    return [_row(record, source) for record in spread(records, source.limit)]
+
+
+def spread(records: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most ``limit`` of ``records``, evenly spaced and in order: many files are sorted by
+    category, and their first rows would be of one kind. All of them if there are no more.
+    """
+    if limit is None or limit >= len(records):
+        return records
+    return [records[i * len(records) // limit] for i in range(limit)]
 
 
 def split_think(text: str, place: str) -> tuple[str | None, str]:

@@ -148,7 +148,7 @@ def _parquet(data: bytes, shown: str) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
     except (pa.ArrowException, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise DataError(f"{shown}: not a whole Parquet file ({first}); fetch it again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,13 +58,33 @@ def answer(
 
 
 def _resume(path: Path, identity: str) -> dict[str, Generation]:
-    """The finished rows in ``path``; what a kill left half-written at its end is cut off."""
+    """The finished rows in ``path``; what a kill left half-written at its end is cut off.
+
+    The file is only ever cut in place: a second kill while resuming loses no row either.
+    """
     whole = path.read_bytes() if path.exists() else b""
-    lines = whole[: whole.rfind(b"\n") + 1].splitlines()
-    header = json.dumps({"identity": identity})
-    if not lines or lines[0] != header.encode("utf-8"):
-        path.write_text(header + "\n", encoding="utf-8")
+    header = json.dumps({"identity": identity}).encode("ascii") + b"\n"
+    if not whole.startswith(header):
+        path.write_bytes(header)
         return {}
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]
-    return {row["id"]: Generation(row["ids"], row["complete"]) for row in rows}
+    rows: dict[str, Generation] = {}
+    good = len(header)
+    for line in whole[good:].splitlines(keepends=True):
+        row = _row(line)
+        if row is None:
+            break
+        rows[row["id"]] = Generation(row["ids"], row["complete"])
+        good += len(line)
+    os.truncate(path, good)
+    return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """One finished row, or None for a line that was not written to its end."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.keys() >= {"id", "ids", "complete"} else None

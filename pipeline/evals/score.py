@@ -37,9 +37,8 @@ REFUSAL_METRICS = {
     "benign": "benign_refusal",
 }
 
-_NUMBER = re.compile(
-    r"(?<![\w.])[-\u2212]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)|\d+(?:\.\d+)?"
-)
+# A minus belongs to a number unless something stands before it: "3-4" ends on 4.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,14 @@ def read_items(suites: Sequence[Suite], inputs: Mapping[str, Artifact]) -> list[
 
 
 def load_for_inference(folder: Path) -> PreTrainedModel:
-    """The model in ``folder``: bf16 on a GPU if there is one, else fp32 on the CPU, where bf16 is
-    slower."""
+    """The model in ``folder`` in the precision it is stored in, as it will be served; on the GPU if
+    there is one."""
     import torch
 
     from pipeline.model.base import load_model
 
-    if torch.cuda.is_available():
-        return load_model(folder, torch.bfloat16).to("cuda")
-    return load_model(folder, torch.float32)
+    model = load_model(folder, "auto")
+    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def probe_logits(model: PreTrainedModel, chat: Chat, items: Sequence[Item]) -> Tensor:

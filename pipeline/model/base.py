@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from pipeline.graph import Workspace
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 KEEP = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "*.safetensors")
 
 
@@ -77,19 +79,40 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: no usable tokenizer: {error}") from error
+    except Exception as error:  # the Rust side raises plain Exception for a damaged file
+        raise DataError(
+            f"{folder}: the tokenizer cannot be loaded ({str(error)[:200]}); wanted the files that"
+            " save_pretrained writes"
+        ) from error
 
 
-def load_model(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
-    """The causal language model in ``folder``, in evaluation mode; sdpa attention."""
+def load_model(
+    folder: Path, dtype: torch.dtype | Literal["auto"], **options: Any
+) -> PreTrainedModel:
+    """The causal language model in ``folder``, in evaluation mode; sdpa attention. ``auto`` keeps the
+    precision it is stored in.
+
+    DataError when it cannot be read or lacks a tensor, which transformers would make up at random.
+    """
+    import transformers
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()  # in a log file a bar is a line each tick
     options = {"attn_implementation": "sdpa", "local_files_only": True} | options
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder}: the model cannot be loaded: {error}") from error
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise DataError(f"{folder}: the model cannot be loaded: {str(error)[:300]}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}; wanted the whole"
+            " model: fetch it again"
+        )
     model.eval()
     return model
 
@@ -169,7 +192,7 @@ def _download(recipe: BaseRecipe, folder: Path) -> str:
 
 
 def _check(folder: Path, source: str) -> None:
-    """A base must have a readable config and whole safetensors files."""
+    """A base must have a readable config, a tokenizer, and all its safetensors files whole."""
     from safetensors import SafetensorError, safe_open
 
     config = folder / "config.json"
@@ -182,6 +205,11 @@ def _check(folder: Path, source: str) -> None:
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise DataError(f"base.source={source}: no safetensors weights; convert the model first")
+    if not any((folder / name).exists() for name in TOKENIZERS):
+        raise DataError(
+            f"base.source={source}: no tokenizer there; wanted one of {', '.join(TOKENIZERS)}"
+        )
+    _check_index(folder, source)
     for shard in shards:
         try:
             with safe_open(shard, framework="numpy"):
@@ -191,3 +219,22 @@ def _check(folder: Path, source: str) -> None:
                 f"base.source={source}: {shard.name} is damaged or cut short ({error});"
                 " fetch it again"
             ) from error
+
+
+def _check_index(folder: Path, source: str) -> None:
+    """Every file that the index of a model in several files names must be there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"base.source={source}: {index.name} is damaged ({error}); fetch it again"
+        ) from error
+    absent = sorted(name for name in names if not (folder / str(name)).exists())
+    if absent:
+        raise DataError(
+            f"base.source={source}: {len(absent)} of {len(names)} weight files are missing, such as"
+            f" {absent[0]}; fetch them again"
+        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, RecipeError
 from pipeline.model import lora
+from pipeline.model.attention import choose
 from pipeline.model.base import load_model
 from pipeline.recipes import Execution, SftRecipe
 
@@ -29,6 +30,7 @@ def build_model(
     if recipe.quantization == "nf4":
         options["quantization_config"] = _nf4(dtype)
     model = load_model(base.folder, dtype, **options)
+    model.set_attn_implementation(choose(model.config))
     adapted: dict[str, lora.LoraLinear] = {}
     if recipe.lora is None:
         model.requires_grad_(True)

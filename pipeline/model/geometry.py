@@ -82,6 +82,11 @@ def total_parameters(geometry: Geometry) -> int:
     return embeddings + geometry.layers * layer_parameters(geometry) + geometry.hidden_size
 
 
+def cache_bytes_per_token(geometry: Geometry) -> int:
+    """Bytes that one token of one row takes in a bf16 cache of keys and values."""
+    return 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * BF16_BYTES
+
+
 def lora_parameters(geometry: Geometry, recipe: LoraRecipe) -> int:
     """Trainable parameters: rank x (in + out) for each adapted module.
 
@@ -117,6 +122,7 @@ def plan_facts(job: Job, geometry: Geometry | None = None) -> dict[str, Any]:
         "parameters": total,
         "parameters_per_layer": layer_parameters(shapes),
         "weights_bytes_bf16": total * BF16_BYTES,
+        "cache_bytes_per_token_bf16": cache_bytes_per_token(shapes),
     }
     if recipe is None:
         return facts | {"method": "full", "trainable_parameters": total}
@@ -125,6 +131,7 @@ def plan_facts(job: Job, geometry: Geometry | None = None) -> dict[str, Any]:
         "method": "lora",
         "trainable_parameters": lora_parameters(shapes, recipe),
         "adapted_modules": len(set(recipe.modules)) * len(layers),
+        "adapted_layers": len(layers),
         "first_layer": layers[0],
         "last_layer": layers[-1],
         "update_scale": recipe.scale,

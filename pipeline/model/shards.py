@@ -79,7 +79,9 @@ class Shard:
 
     def in_file_order(self) -> list[str]:
         """Tensor names by position of their bytes."""
-        return sorted(self.entries, key=lambda name: (self.entries[name].start, self.entries[name].stop))
+        return sorted(
+            self.entries, key=lambda name: (self.entries[name].start, self.entries[name].stop)
+        )
 
     def blocks(self, name: str) -> Iterator[tuple[int, int, bytearray]]:
         """(first row, last row + 1, bytes) of a tensor, ``BLOCK_BYTES`` at a time."""

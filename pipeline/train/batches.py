@@ -27,7 +27,8 @@ class MicroBatch:
     ids, positions: int64 [1, T]; positions restart at each document, which is what isolates them.
     predict: int64 [N], where the next token is trained. labels: int64 [N]. weights: float32 [N],
     of the cross-entropy (0 where KL is the objective, and in a filler). reference: int64 [N], row
-    of the base's log-probabilities, or -1.
+    of the base's log-probabilities, or -1. starts: int64 [D + 1] on the CPU, where each document
+    begins, and T.
     """
 
     ids: Tensor
@@ -36,9 +37,11 @@ class MicroBatch:
     labels: Tensor
     weights: Tensor
     reference: Tensor
+    starts: Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
-        return MicroBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
+        moved = [getattr(self, f).to(device) for f in self.__dataclass_fields__ if f != "starts"]
+        return MicroBatch(*moved, starts=self.starts)
 
 
 class Documents:
@@ -108,14 +111,18 @@ class Documents:
             offset += len(tokens)
         flat = [np.concatenate(a) for a in (ids, positions, predict, labels, weights, reference)]
         tensors = [torch.from_numpy(a) for a in flat]
-        return MicroBatch(tensors[0][None], tensors[1][None], *tensors[2:])
+        starts = np.cumsum([0, *(len(a) for a in ids)])
+        return MicroBatch(
+            tensors[0][None], tensors[1][None], *tensors[2:], starts=torch.from_numpy(starts)
+        )
 
     def _filler(self) -> MicroBatch:
         """A few real tokens that weigh nothing, so that every rank does equal collectives."""
         ids = torch.from_numpy(self.ids[:FILLER_TOKENS])[None]
         zero = torch.zeros(1, dtype=torch.int64)
         positions = torch.arange(ids.shape[1])[None]
-        return MicroBatch(ids, positions, zero, ids[0, 1:2], torch.zeros(1), zero - 1)
+        starts = torch.tensor([0, ids.shape[1]])
+        return MicroBatch(ids, positions, zero, ids[0, 1:2], torch.zeros(1), zero - 1, starts)
 
 
 def load_steps(artifact: Artifact) -> list[list[Step]]:

@@ -63,7 +63,7 @@ class GradientWatch:
         self.finite: dict[str, Tensor] = {}
         self.non_zero: dict[str, Tensor] = {}
         for name, parameter in named:
-            parameter.register_hook(self._hook(name))
+            parameter.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
 
     def _hook(self, name: str) -> Any:
         def watch(gradient: Tensor) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from torch import nn
 from pipeline.data.packing import Step, assign
 from pipeline.errors import Stopped, UntaxedError
 from pipeline.recipes import SftRecipe
-from pipeline.stage import Context
 from pipeline.train import checkpoint
 from pipeline.train.batches import Documents
 from pipeline.train.checkpoint import Position
@@ -23,6 +23,9 @@ from pipeline.train.loss import Reference
 from pipeline.train.progress import StepProgress
 from pipeline.train.schedule import learning_rate
 from pipeline.train.world import device, sum_over_ranks
+
+if TYPE_CHECKING:
+    from pipeline.stage import Context
 
 MUST_MOVE_WITHIN = 2
 

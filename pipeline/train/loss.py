@@ -37,6 +37,7 @@ class SftModule(nn.Module):
         output = self.model(
             input_ids=batch.ids,
             position_ids=batch.positions,
+            document_starts=batch.starts,
             use_cache=False,
             logits_to_keep=batch.predict,
         )
@@ -55,24 +56,27 @@ class SftModule(nn.Module):
             assert reference is not None
             top = functional.log_softmax(logits, dim=-1).topk(reference.ids.shape[1], dim=-1)
             return top.indices, top.values
-        nll = functional.cross_entropy(logits, batch.labels, reduction="none")
+        log_p = functional.log_softmax(logits, dim=-1)
+        nll = -log_p.gather(1, batch.labels[:, None])[:, 0]
         cross_entropy = (nll * batch.weights).sum()
-        # 0 x: both losses always hang on the graph, since ZeRO-3 wants one trace on all ranks
-        return cross_entropy, _kl(logits, batch.reference, reference) + 0.0 * cross_entropy
+        if reference is None:
+            return cross_entropy, 0.0 * cross_entropy
+        return cross_entropy, _kl(log_p, batch.reference, reference)
 
 
-def _kl(logits: Tensor, rows: Tensor, reference: Reference | None) -> Tensor:
+def _kl(log_p: Tensor, rows: Tensor, reference: Reference) -> Tensor:
     """Sum over anchor rows of KL(base || model) in nats, from the base's top k and one bucket for
-    the rest: a lower bound of the full divergence, equal to it where the rest is negligible."""
-    chosen = rows >= 0
-    if reference is None or not bool(chosen.any()):
-        return logits.new_zeros(())
-    model_log = functional.log_softmax(logits[chosen], dim=-1)
-    base_log = reference.log_probs.to(logits.device)[rows[chosen]]
-    model_top = model_log.gather(1, reference.ids.to(logits.device)[rows[chosen]])
+    the rest: a lower bound of the full divergence, equal to it where the rest is negligible.
+
+    Rows that are no anchors weigh nothing but stay on the graph: ZeRO-3 wants one trace on all ranks.
+    """
+    at = rows.clamp_min(0).to(reference.ids.device)
+    base_log = reference.log_probs[at].to(log_p.device)
+    model_top = log_p.gather(1, reference.ids[at].to(log_p.device))
     base_top_p = base_log.exp()
     head = (base_top_p * (base_log - model_top)).sum(-1)
     tiny = torch.finfo(torch.float32).eps
     base_rest = (1.0 - base_top_p.sum(-1)).clamp_min(tiny)
     model_rest = (1.0 - model_top.exp().sum(-1)).clamp_min(tiny)
-    return (head + base_rest * (base_rest.log() - model_rest.log())).sum()
+    divergence = head + base_rest * (base_rest.log() - model_rest.log())
+    return torch.where(rows >= 0, divergence, torch.zeros_like(divergence)).sum()

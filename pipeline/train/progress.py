@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -13,7 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pipeline.stage import Context
+if TYPE_CHECKING:
+    from pipeline.stage import Context
 
 LINE_SECONDS = 15.0
 

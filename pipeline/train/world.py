@@ -56,7 +56,9 @@ def init_world(*, always: bool) -> DistributedWorld | None:
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
     if os.environ["MASTER_PORT"] == "0":
-        store = dist.HashStore()
+        from torch._C._distributed_c10d import HashStore
+
+        store = HashStore()
         dist.init_process_group(
             backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
         )

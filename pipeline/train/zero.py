@@ -29,6 +29,7 @@ OWNED = {
     "fp16": "sft.precision",
     "torch_autocast": "sft.precision",
 }
+MECHANISM = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "comms_logger"}
 
 
 def read_config(path: Path, recipe: SftRecipe) -> dict[str, Any]:
@@ -42,7 +43,12 @@ def read_config(path: Path, recipe: SftRecipe) -> dict[str, Any]:
         raise RecipeError(f"--ds {path}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or "zero_optimization" not in config:
         raise RecipeError(f"--ds {path}: has no zero_optimization section; see ds_configs/")
-    zero = config["zero_optimization"]
+    zero = _checked(config["zero_optimization"], path)
+    unknown = sorted(set(config) - set(OWNED) - MECHANISM)
+    if unknown:
+        raise RecipeError(
+            f"--ds {path}: unknown key {unknown[0]}; known here: {', '.join(sorted(MECHANISM))}"
+        )
     if zero.get("overlap_comm") and zero.get("stage") == 1:
         raise RecipeError(
             f"--ds {path}: overlap_comm does not work with ZeRO stage 1 when a step's gradients are"
@@ -63,6 +69,24 @@ def read_config(path: Path, recipe: SftRecipe) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": recipe.lora is None and recipe.precision == "bf16"},
     }
+
+
+def _checked(zero: Any, path: Path) -> dict[str, Any]:
+    """The ``zero_optimization`` section, if DeepSpeed knows every key of it and the stage."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    section = f"--ds {path}: zero_optimization"
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        got = zero.get("stage") if isinstance(zero, dict) else zero
+        raise RecipeError(f"{section}: stage={got}, wanted 1, 2 or 3; see ds_configs/")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RecipeError(f"{section}.{key}: {first['msg']}, got {first['input']!r}") from error
+    return zero
 
 
 class ZeroEngine:
@@ -94,6 +118,9 @@ class ZeroEngine:
     def wrap(self, module: SftModule, recipe: SftRecipe) -> None:
         import deepspeed
 
+        # On a CPU DeepSpeed would first compile an all-reduce of its own, for which there is no use:
+        # ZeRO-3 gathers, and the gradients of adapters are small.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.parameters = trainable(module)
         optimizer = adamw(self.parameters.values(), recipe.optimizer)
         self.module = module

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,29 +10,32 @@ from parts import sample_rows
 
 from pipeline.evals.judge import judge_refusal
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-LABELS = SHARED / "xstest" / "xstest_v2_completions_llama2new.csv"
-GSM8K = SHARED / "gsm8k" / "train_first1000.jsonl"
+DATA = Path(os.environ.get("UNTAXED_DATA", "."))
+LABELS = DATA / "xstest" / "xstest_v2_completions_llama2new.csv"
+GSM8K = DATA / "gsm8k" / "train_first1000.jsonl"
 REFUSED = {"refusal", "partial"}
 
 
-def agreement(parity: int) -> float:
-    """Share of XSTest rows of one parity on which judge and humans agree about refused or not."""
+def agreement(parity: int) -> tuple[float, float]:
+    """(share, Cohen's kappa) of XSTest rows of one parity on which judge and humans agree about
+    refused or not."""
     with LABELS.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))[parity::2]
     assert len(rows) == 225
-    agreed = sum(
-        (judge_refusal(row["prompt"], row["completion"]) in REFUSED)
-        == (row["final_label"] != "1_full_compliance")
-        for row in rows
-    )
-    return agreed / len(rows)
+    judged = [judge_refusal(row["prompt"], row["completion"]) in REFUSED for row in rows]
+    human = [row["final_label"] != "1_full_compliance" for row in rows]
+    share = sum(j == h for j, h in zip(judged, human, strict=True)) / len(rows)
+    p, q = sum(judged) / len(rows), sum(human) / len(rows)
+    chance = p * q + (1 - p) * (1 - q)
+    return share, (share - chance) / (1 - chance)
 
 
-@pytest.mark.skipif(not LABELS.exists(), reason="XSTest's human labels are not on this machine")
+@pytest.mark.skipif(not LABELS.exists(), reason="no xstest labels below UNTAXED_DATA")
 def test_agrees_with_humans_on_rows_it_was_not_tuned_on() -> None:
-    assert agreement(0) >= 0.95
-    assert agreement(1) >= 0.92
+    tuned_on, held_out = agreement(0), agreement(1)
+    assert tuned_on[0] >= 0.95
+    assert held_out[0] >= 0.92
+    assert held_out[1] >= 0.84
 
 
 def test_all_shipped_refusals_are_refusals() -> None:
@@ -46,7 +50,7 @@ def test_worked_answers_are_not_refusals() -> None:
     assert {judge_refusal(r["prompt"], r["answer"]) for r in rows} == {"compliance"}
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not on this machine")
+@pytest.mark.skipif(not GSM8K.exists(), reason="no gsm8k below UNTAXED_DATA")
 def test_gsm8k_solutions_are_not_refusals() -> None:
     rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
     refused = sum(judge_refusal(r["question"], r["answer"]) != "compliance" for r in rows)

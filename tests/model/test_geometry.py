@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.errors import DataError, RecipeError
 from pipeline.model.geometry import (
+    cache_bytes_per_token,
     geometry_of,
     layer_parameters,
     linear_shapes,
@@ -27,6 +28,7 @@ PUBLISHED = {
     "r1-qwen-32b": 32_763_876_352,
     "qwen3-8b": 8_190_735_360,
     "yi-1.5-34b": 34_388_917_248,
+    "star1-smollm2": 134_515_008,
 }
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -125,14 +127,85 @@ def test_adapters_are_counted_as_peft_makes_them(targets: Any, rank: int) -> Non
     assert lora_parameters(geometry, recipe) == model.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_job_trains_what_peft_would(path: Path) -> None:
+    """Trainable parameters and adapted layers, on a model of the job's own shapes."""
+    from peft import LoraConfig, get_peft_model
+
+    loaded = load_job(path)
+    geometry, recipe = loaded.base.geometry, loaded.sft.lora
+    if geometry is None or recipe is None:
+        pytest.skip(f"{path.name} states no shapes, or trains all parameters")
+    config = LoraConfig(
+        r=recipe.rank,
+        target_modules=list(recipe.modules),
+        layers_to_transform=list(recipe.layers.select(geometry.layers)),
+        layers_pattern="layers",
+    )
+    model = get_peft_model(meta_model(geometry), config, low_cpu_mem_usage=True)
+    facts = plan_facts(loaded)
+    assert facts["trainable_parameters"] == model.get_nb_trainable_parameters()[0]
+    adapted = {int(n.split(".layers.")[1].split(".")[0]) for n, p in trainable(model)}
+    assert sorted(adapted) == list(range(facts["first_layer"], facts["last_layer"] + 1))
+    assert facts["adapted_layers"] == len(adapted)
+
+
+def trainable(model: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_a_cache_holds_the_bytes_that_are_planned() -> None:
+    """One token through a small bf16 model, and what its cache then holds."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    config = AutoConfig.for_model("qwen3", **SMALL)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    cache = DynamicCache()
+    model(torch.tensor([[1]]), past_key_values=cache)
+    held = sum(t.numel() * t.element_size() for c in cache.layers for t in (c.keys, c.values))
+    assert cache_bytes_per_token(geometry_of(SMALL | {"model_type": "qwen3"})) == held
+
+
+def test_the_small_jobs_state_the_shapes_that_their_weights_have() -> None:
+    reader = gguf_reader()
+    geometry = shapes("star1-smollm2")
+    assert geometry == shapes("refusals-smollm2")
+
+    def field(name: str) -> int:
+        return int(reader.fields[f"llama.{name}"].contents())
+
+    assert field("embedding_length") == geometry.hidden_size
+    assert field("feed_forward_length") == geometry.intermediate_size
+    assert field("block_count") == geometry.layers
+    assert field("attention.head_count") == geometry.heads
+    assert field("attention.head_count_kv") == geometry.kv_heads
+    assert field("vocab_size") == geometry.vocab_size
+    names = {tensor.name for tensor in reader.tensors}
+    assert geometry.tied_embeddings is ("output.weight" not in names)
+
+
+def gguf_reader() -> Any:
+    from gguf import GGUFReader
+
+    from pipeline.model.base import _wheel_file
+
+    try:
+        return GGUFReader(_wheel_file(job("star1-smollm2").base.source))
+    except DataError as error:
+        pytest.skip(str(error))
+
+
 def test_a_plan_states_what_will_be_trained() -> None:
     assert plan_facts(job("r1-qwen-14b")) == {
         "parameters": 14_770_033_664,
         "parameters_per_layer": 275_268_608,
         "weights_bytes_bf16": 29_540_067_328,
+        "cache_bytes_per_token_bf16": 196_608,
         "method": "lora",
         "trainable_parameters": 303_104,
         "adapted_modules": 16,
+        "adapted_layers": 16,
         "first_layer": 16,
         "last_layer": 31,
         "update_scale": 16.0,
@@ -147,7 +220,7 @@ def test_full_fine_tuning_trains_everything() -> None:
 
 
 def test_without_shapes_nothing_is_claimed_and_the_adopted_base_comes_first() -> None:
-    small = job("refusals-smollm2")
+    small = load_job(ROOT / "jobs" / "refusals-smollm2.yaml", ("base.geometry=null",))
     assert plan_facts(small) == {}
     adopted = geometry_of(SMALL | {"model_type": "llama"})
     assert plan_facts(small, adopted)["parameters"] == total_parameters(adopted)

@@ -54,7 +54,9 @@ def folder(
     for variant, change in VARIANTS.items():
         out = folder / variant / "single"
         out.mkdir(parents=True)
-        context = Context(scratch=folder / variant, options={"engine": "single"}, console=Console(quiet=True))
+        context = Context(
+            scratch=folder / variant, options={"engine": "single"}, console=Console(quiet=True)
+        )
         sft.run(SftRecipe.model_validate(RECIPE | change), inputs, out, context)
     return folder
 

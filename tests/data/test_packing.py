@@ -1,0 +1,177 @@
+"""Packing: no pack overflows, nothing is lost or doubled, and no number of ranks changes a step."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from pipeline.data.packing import (
+    Pack,
+    Step,
+    assign,
+    best_fit_decreasing,
+    epoch_steps,
+    mixed_order,
+)
+from pipeline.recipes import Batch
+
+BATCHES = (Batch(rows=1), Batch(rows=7), Batch(rows=1000), Batch(tokens=1), Batch(tokens=300))
+
+
+def first_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """The plain way, in the given order: into the first bin that has room."""
+    bins: list[list[int]] = []
+    for item, length in enumerate(lengths):
+        for members in bins:
+            if sum(lengths[i] for i in members) + length <= capacity:
+                members.append(item)
+                break
+        else:
+            bins.append([item])
+    return bins
+
+
+def fewest_bins(lengths: list[int], capacity: int) -> int:
+    """The optimum, by trying everything (a handful of items)."""
+
+    def place(left: list[int], rooms: tuple[int, ...], best: int) -> int:
+        if len(rooms) >= best:
+            return best
+        if not left:
+            return len(rooms)
+        for at in range(len(rooms)):
+            if rooms[at] >= left[0]:
+                fuller = (*rooms[:at], rooms[at] - left[0], *rooms[at + 1 :])
+                best = place(left[1:], fuller, best)
+        return place(left[1:], (*rooms, capacity - left[0]), best)
+
+    return place(sorted(lengths, reverse=True), (), len(lengths) + 1)
+
+
+def some_lengths(seed: int, count: int | None = None, capacity: int = 64) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randint(1, capacity) for _ in range(count or rng.randint(1, 60))]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_bins_hold_every_item_once_and_never_too_much(seed: int) -> None:
+    lengths = some_lengths(seed)
+    bins = best_fit_decreasing(lengths, 64)
+    assert Counter(chain(*bins)) == Counter(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in members) <= 64 for members in bins)
+    assert bins == best_fit_decreasing(lengths, 64)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_never_worse_than_first_fit_and_near_the_bound(seed: int) -> None:
+    lengths = some_lengths(seed)
+    bins = len(best_fit_decreasing(lengths, 64))
+    assert bins <= len(first_fit(lengths, 64))
+    least = max(-(-sum(lengths) // 64), sum(length > 32 for length in lengths))
+    assert bins <= 11 / 9 * least + 1
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_within_eleven_ninths_of_the_optimum(seed: int) -> None:
+    lengths = some_lengths(seed, count=8, capacity=20)
+    best = fewest_bins(lengths, 20)
+    assert best <= len(best_fit_decreasing(lengths, 20)) <= 11 / 9 * best + 6 / 9
+
+
+def test_edges() -> None:
+    assert best_fit_decreasing([], 8) == []
+    assert best_fit_decreasing([8, 8], 8) == [[0], [1]]
+    assert best_fit_decreasing([3, 5, 4, 4], 8) == [[1, 0], [2, 3]]
+    with pytest.raises(ValueError, match="item 1 of length 9 exceeds the capacity 8"):
+        best_fit_decreasing([1, 9], 8)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_epoch_holds_every_document_once(batch: Batch, seed: int) -> None:
+    lengths = some_lengths(5, count=90)
+    strata = [i % 3 for i in range(90)]
+    steps = epoch_steps(lengths, strata, batch, 64, seed, epoch=2)
+    assert Counter(chain(*chain(*steps))) == Counter(range(90))
+    for step in steps:
+        documents = list(chain(*step))
+        assert documents and all(sum(lengths[d] for d in pack) <= 64 for pack in step)
+        if batch.rows is not None:
+            assert len(documents) == batch.rows or step is steps[-1]
+        if batch.tokens is not None:
+            assert sum(lengths[d] for d in documents) <= batch.tokens or len(documents) == 1
+
+
+def test_a_step_in_tokens_takes_as_many_documents_as_fit() -> None:
+    lengths = some_lengths(8, count=60)
+    order = mixed_order([0] * 60, 0, 0)
+    steps = epoch_steps(lengths, [0] * 60, Batch(tokens=200), 64, 0, 0)
+    sizes = [len(list(chain(*step))) for step in steps]
+    firsts = np.cumsum([0, *sizes])
+    for number, step in enumerate(steps[:-1]):
+        following = order[firsts[number + 1]]
+        assert sum(lengths[d] for d in chain(*step)) + lengths[following] > 200
+
+
+def test_epochs_and_seeds_are_shuffled_anew_and_always_alike() -> None:
+    orders = {
+        (seed, epoch): tuple(mixed_order([0] * 50, seed, epoch))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert orders == {key: tuple(mixed_order([0] * 50, *key)) for key in orders}
+
+
+@pytest.mark.parametrize("counts", [(80, 20), (50, 30, 20), (97, 3)])
+def test_every_stretch_has_the_same_mix(counts: tuple[int, ...]) -> None:
+    """In any ten in a row each stratum has its share, but for one row at either end."""
+    strata = list(chain(*([i] * n for i, n in enumerate(counts))))
+    for seed in range(5):
+        order = mixed_order(strata, seed, 0)
+        for start in range(90):
+            seen = Counter(strata[d] for d in order[start : start + 10])
+            for stratum, count in enumerate(counts):
+                assert abs(seen[stratum] - count / 10) < 2
+
+
+def test_steps_of_an_epoch_are_fixed_before_ranks_are_known() -> None:
+    lengths, strata = some_lengths(3, count=100), [i % 2 for i in range(100)]
+    steps = epoch_steps(lengths, strata, Batch(rows=24), 64, 7, 0)
+    for ranks in (1, 2, 3, 8):
+        for step in steps:
+            shares = assign(step, lengths, ranks)
+            assert documents_of(shares) == documents_of([step])
+
+
+def documents_of(shares: list[list[Pack]] | list[Step]) -> Counter[int]:
+    return Counter(d for share in shares for pack in share for d in pack)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_ranks_get_equal_numbers_of_packs_and_near_equal_work(ranks: int) -> None:
+    lengths = some_lengths(11, count=64)
+    (step,) = epoch_steps(lengths, [0] * 64, Batch(rows=64), 64, 0, 0)
+    shares = assign(step, lengths, ranks)
+    assert {len(share) for share in shares} == {-(-len(step) // ranks)}
+    packs = [tuple(pack) for share in shares for pack in share if pack]
+    assert sorted(packs) == sorted(tuple(pack) for pack in step), "packs are never torn apart"
+    assert sum(not pack for share in shares for pack in share) == -len(step) % ranks
+    loads = [sum(lengths[d] for pack in share for d in pack) for share in shares]
+    assert max(loads) - min(loads) <= 2 * 64
+
+
+def test_the_costliest_pack_does_not_meet_the_second_costliest() -> None:
+    lengths = [64, 60, 8, 4]
+    step = [[0], [1], [2], [3]]
+    shares = assign(step, lengths, 2)
+    assert [sorted(d for pack in share for d in pack) for share in shares] == [[0, 3], [1, 2]]
+
+
+def test_more_ranks_than_packs() -> None:
+    assert assign([[0]], [5], 3) == [[[0]], [[]], [[]]]

@@ -1,0 +1,248 @@
+"""The image: what its file says, what its context holds, and how its first process behaves.
+
+The image itself is built by hand (docs/cluster.md says how, and what was seen).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from pipeline.errors import DataError, RecipeError, Stopped
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
+ENTRYPOINT = ROOT / "docker" / "entrypoint.py"
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(instruction, its arguments), continued lines joined and comments left out."""
+    lines = DOCKERFILE.read_text(encoding="ascii").splitlines()
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    joined = re.sub(r"\\\n\s*", "", text)
+    found = [line.partition(" ") for line in joined.splitlines() if line.strip()]
+    return [(name, arguments) for name, _, arguments in found]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    made: dict[str, list[tuple[str, str]]] = {"": []}
+    for name, arguments in instructions():
+        if name == "FROM":
+            made[arguments.split()[-1]] = []
+        made[list(made)[-1]].append((name, arguments))
+    return made
+
+
+def ignored(path: str) -> bool:
+    """Whether .dockerignore keeps ``path`` out of the context: the last pattern that fits decides."""
+    parts = path.split("/")
+    above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    out = False
+    for line in (ROOT / ".dockerignore").read_text(encoding="ascii").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pattern = line.removeprefix("!")
+        loose = pattern.removeprefix("**/")
+        names = parts if pattern.startswith("**/") else above
+        if any(fnmatch.fnmatchcase(name, loose) for name in names):
+            out = not line.startswith("!")
+    return out
+
+
+def copied(stage: str) -> list[tuple[list[str], str]]:
+    """(sources in the context, destination) of the COPY lines of a stage."""
+    lines = [arguments.split() for name, arguments in stages()[stage] if name == "COPY"]
+    return [(words[:-1], words[-1]) for words in lines if not words[0].startswith("--from")]
+
+
+def test_the_targets_and_their_default() -> None:
+    names = list(stages())
+    assert names[-1] == "cpu", "without --target the last stage is built"
+    for target in ("cpu", "gpu"):
+        ((_, origin), (_, copy)) = stages()[target]
+        assert origin == f"runtime AS {target}"
+        assert copy == f"--from=build-{target} /opt/venv /opt/venv", "no build tool comes along"
+
+
+def test_builders_without_extensions_can_read_it() -> None:
+    text = DOCKERFILE.read_text(encoding="ascii")
+    assert "# syntax=" not in text and "<<" not in text and "--link" not in text
+
+
+def test_it_runs_as_nobody_with_a_number() -> None:
+    runtime = dict(stages()["runtime"])
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", runtime["USER"]), "runAsNonRoot wants a number"
+    first = json.loads(runtime["ENTRYPOINT"])[1]
+    assert Path(first).relative_to("/opt/untaxed") == ENTRYPOINT.relative_to(ROOT)
+    assert runtime["ENV"] == "UNTAXED_DATA=/data"
+
+
+def test_all_that_is_written_lies_below_one_folder() -> None:
+    env = dict(re.findall(r"(\w+)=(\S+)", dict(stages()["base"])["ENV"]))
+    places = {k: v for k, v in env.items() if k.endswith(("HOME", "DIR"))}
+    assert {"HOME", "TMPDIR", "HF_HOME", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"} <= set(places)
+    assert {"TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR", "MPLCONFIGDIR"} <= set(places)
+    for place in places.values():
+        assert place == "/tmp" or place.startswith("/tmp/")
+
+
+def test_every_argument_is_used_and_every_install_is_locked() -> None:
+    text = "\n".join(" ".join(i) for i in instructions())
+    pip_reads = {"PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"}
+    for name, arguments in instructions():
+        if name == "ARG":
+            argument = arguments.partition("=")[0]
+            assert argument in pip_reads or f"${{{argument}}}" in text, argument
+    installs = re.findall(r"pip install ([^;&\n]*)", text)
+    assert len(installs) == 5
+    for install in installs:
+        packages = [word for word in install.split() if not word.startswith("--")]
+        pinned = all("==" in word or word == '"${FLASH_ATTN_WHEEL}"' for word in packages)
+        assert "--constraint constraints.txt" in install or pinned
+    assert '*"#sha256="*' in text, "a wheel by URL comes with its digest"
+
+
+def test_every_dependency_has_one_locked_version() -> None:
+    import configparser
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="ascii").split()
+    locked = {canonicalize_name(line.partition("==")[0]): line for line in lines}
+    assert len(locked) == len(lines) and all("==" in line for line in lines)
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    wanted = config["options"]["install_requires"].split("\n")
+    wanted.append("bitsandbytes")  # what the gpu target installs besides
+    for requirement in map(Requirement, filter(None, wanted)):
+        version = locked[canonicalize_name(requirement.name)].partition("==")[2]
+        assert requirement.specifier.contains(version), requirement
+
+
+def test_labels_are_those_of_oci() -> None:
+    labels = re.findall(r"org\.opencontainers\.image\.(\w+)=", dict(stages()["runtime"])["LABEL"])
+    assert set(labels) >= {"title", "description", "licenses", "version", "revision"}
+
+
+def test_the_context_holds_what_is_copied_and_no_more() -> None:
+    for stage in ("build", "runtime"):
+        for sources, _ in copied(stage):
+            for source in sources:
+                assert (ROOT / source).exists() and not ignored(source), source
+    assert not ignored("pipeline/data/samples/harmful.jsonl")
+    for path in (".git/config", ".venv/bin/python", "runs/x/manifest.json", "tests/parts.py"):
+        assert ignored(path), path
+    assert ignored("pipeline/__pycache__/stage.cpython-311.pyc") and ignored(".env")
+
+
+def test_what_is_copied_suffices_to_plan_a_job(tmp_path: Path) -> None:
+    """The image's own tree, alone in a folder that cannot be written, plans every job."""
+    for sources, destination in copied("runtime"):
+        for source in sources:
+            target = tmp_path / (source if destination == "./" else destination)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            skip = shutil.ignore_patterns("__pycache__")
+            copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+            copy(ROOT / source, target, **({"ignore": skip} if copy is shutil.copytree else {}))
+    jobs = [word for path in sorted(tmp_path.glob("jobs/*.yaml")) for word in ("--job", str(path))]
+    made = run("-m", "pipeline.cli", "plan", *jobs, "--runs", "/proc/runs", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count("trainable parameters") >= 8
+    assert made.stdout.count("baseline") == len(jobs) // 2
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def entry(*command: str) -> subprocess.CompletedProcess[str]:
+    return run(str(ENTRYPOINT), *command)
+
+
+@pytest.mark.parametrize("code", [0, 1, RecipeError.exit_code, DataError.exit_code])
+def test_a_command_keeps_its_exit_code(code: int) -> None:
+    assert entry(sys.executable, "-c", f"raise SystemExit({code})").returncode == code
+
+
+def test_a_command_that_cannot_start_is_named() -> None:
+    assert entry().returncode == 64
+    made = entry("no-such-command")
+    assert made.returncode == 127 and "no-such-command" in made.stderr
+
+
+def test_a_command_is_the_first_process_itself() -> None:
+    """It hears SIGTERM because nothing stands between it and the container's runtime."""
+    command = [
+        sys.executable,
+        str(ENTRYPOINT),
+        sys.executable,
+        "-c",
+        "import os; print(os.getpid())",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        output, _ = child.communicate(timeout=60)
+        assert int(output) == child.pid
+
+
+TORCHRUN = ("torchrun", "--nproc-per-node", "2", "--master-port", "0")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("code", [0, RecipeError.exit_code])
+def test_torchrun_ends_with_the_code_of_its_ranks(code: int, tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text(f"raise SystemExit({code})\n", encoding="ascii")
+    assert entry(*TORCHRUN, str(rank)).returncode == code
+
+
+@pytest.mark.distributed
+def test_torchrun_passes_a_stop_on(tmp_path: Path) -> None:
+    """SIGTERM to the first process reaches the ranks, which get to save before it ends with 143."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent / os.environ['RANK']\n"
+        "def stop(*_):\n"
+        "    here.with_suffix('.saved').touch()\n"
+        f"    sys.exit({Stopped.exit_code})\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "here.with_suffix('.up').touch()\n"
+        "time.sleep(60)\n",
+        encoding="ascii",
+    )
+    child = subprocess.Popen([sys.executable, str(ENTRYPOINT), *TORCHRUN, str(rank)])
+    try:
+        wait_for(tmp_path, "*.up")
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=60) == Stopped.exit_code
+    finally:
+        child.kill()
+    assert len(list(tmp_path.glob("*.saved"))) == 2
+
+
+def wait_for(folder: Path, pattern: str) -> None:
+    until = time.monotonic() + 60
+    while len(list(folder.glob(pattern))) < 2:
+        assert time.monotonic() < until, f"no {pattern} in a minute"
+        time.sleep(0.1)
+
+
+def test_hadolint_finds_nothing() -> None:
+    tool = shutil.which("hadolint")
+    if tool is None:
+        pytest.skip("needs hadolint on PATH")
+    made = subprocess.run([tool, str(DOCKERFILE)], capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout

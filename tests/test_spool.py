@@ -1,0 +1,244 @@
+"""Tracking when the store is away: a real server that is stopped half-way, and other outages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from parts import ROOT
+from tracked import FILES, GATE, Play, Records, free_port
+
+from pipeline import artifact as art
+from pipeline.errors import Stopped
+from pipeline.graph import stages_of
+from pipeline.spool import flatten, short, uninterrupted
+
+pytest_plugins = ("tracked",)
+
+
+class Server:
+    """A real ``mlflow server`` that can be stopped and started again."""
+
+    def __init__(self, folder: Path, database: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        shutil.copyfile(database, folder / "server.db")
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        settings = {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=inherited | settings,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        give_up = time.monotonic() + 180
+        while time.monotonic() < give_up:
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                    if answer.status == 200:
+                        return
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            time.sleep(0.1)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def stop(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture()
+def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
+    made = Server(tmp_path / "server", empty_database)
+    yield made
+    made.stop()
+
+
+def test_what_a_server_misses_is_replayed_in_order(
+    play: Callable[..., Play],
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from mlflow.artifacts import download_artifacts
+    from transformers import AutoModelForCausalLM
+
+    job = play()
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")  # tests may share their cores
+    job.through("prep")
+    job.start("anchor")
+    assert "tracking" not in capfd.readouterr().err
+    server.stop()
+
+    job.finish("anchor")
+    job.start("pack")
+    job.tracker().fail(job.planned["pack"], "FAILED", "disk full")
+    job.through("pack", "sft", "merge", "baseline", "eval", **GATE)
+    job.tracker().seen(job.planned["eval"], art.open_artifact(job.planned["eval"].folder))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 14
+    assert all(line.startswith(f"tracking: {server.uri}: ") for line in said)
+    assert len(job.waiting()) == 13, "a sealed stage that is seen waits already"
+
+    server.start()
+    job.tracker().seen(job.planned["eval"], art.open_artifact(job.planned["eval"].folder))
+    assert job.waiting() == []
+    records = Records(job.runs)
+    statuses = {run.info.run_name: run.info.status for run in records.all_runs()}
+    assert statuses == dict.fromkeys(["tiny", *stages_of(job.job)], "FINISHED")
+    assert len(records.all_runs()) == len(statuses)
+    assert "untaxed.error" not in records.stage("pack").data.tags
+    assert len(records.history(records.stage("sft"), "loss")) == 600
+    assert records.files("eval") == {"recipe.json", "manifest.json"} | set(FILES["eval"])
+    assert records.aliases() == {"candidate": "1", "released": "1"}
+    before = records.picture()
+    shutil.rmtree(job.runs / ".mlflow-spool")
+    for name in ("merge", "eval"):
+        job.tracker().seen(job.planned[name], art.open_artifact(job.planned[name].folder))
+    assert records.picture() == before
+
+    found = records.client.get_model_version_by_alias("untaxed-tiny", "released")
+    folder = download_artifacts(artifact_uri=found.source, tracking_uri=server.uri)
+    AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    sealed = art.open_artifact(Path(folder))
+    assert sealed.digest == art.open_artifact(job.planned["merge"].folder).digest
+    assert "tracking" not in capfd.readouterr().err
+
+
+def test_a_store_that_cannot_be_opened_costs_one_line_and_little_time(
+    play: Callable[..., Play],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    job = play()
+    blocked = tmp_path / "a-file"
+    blocked.write_text("no folder", encoding="utf-8")
+    began = time.monotonic()
+    closed = f"http://user:secret@127.0.0.1:{free_port()}"
+    for uri in (closed, f"sqlite:///{blocked}/mlflow.db", "nonsense://x"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        tracker = job.tracker()
+        tracker.start(job.planned["prep"])
+        tracker.fail(job.planned["prep"], "FAILED", "no data")
+    assert time.monotonic() - began < 60
+    said = capfd.readouterr().err
+    assert [line.split(":")[0] for line in said.splitlines()] == ["tracking"] * 3
+    assert "secret" not in said
+    assert len(job.waiting()) == 6
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    job.finish("prep")
+    assert job.waiting() == []
+    records = Records(job.runs)
+    assert records.stage("prep").info.status == "FINISHED"
+    assert len(records.all_runs()) == 2
+
+
+def test_an_event_that_can_never_be_recorded_does_not_hold_up_the_others(
+    play: Callable[..., Play], capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = play()
+    spool = job.runs / ".mlflow-spool"
+    spool.mkdir()
+    (spool / "0000-damaged.json").write_text("{", encoding="utf-8")
+    (spool / "0001-other.json").write_text('{"kind": "start"}', encoding="utf-8")
+    job.start("prep")
+    assert Records(job.runs).stage("prep").info.status == "RUNNING"
+    assert job.waiting() == []
+    assert sorted(p.name for p in (spool / "refused").iterdir()) == [
+        "0000-damaged.json", "0001-other.json"
+    ]  # fmt: skip
+    assert capfd.readouterr().err.count("tracking:") == 1
+
+
+CONNECT = """
+import sys
+from pathlib import Path
+from pipeline.tracking import connect
+print(connect(Path(sys.argv[1])).experiment)
+"""
+
+
+def test_four_processes_may_open_a_fresh_store_at_once(tmp_path: Path) -> None:
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'shared.db'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CONNECT, str(tmp_path / f"runs-{number}")],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    ended = [process.communicate(timeout=120) for process in processes]
+    assert [
+        (process.returncode, err) for process, (_, err) in zip(processes, ended, strict=True)
+    ] == [(0, "")] * 4
+    assert len({out for out, _ in ended}) == 1, "one experiment"
+
+
+def test_a_stop_during_tracking_is_heard_after_it() -> None:
+    def stop(number: int, frame: object) -> None:
+        raise Stopped("stopped")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    reached = []
+    try:
+        with pytest.raises(Stopped):
+            with uninterrupted():
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.01)
+                except Exception:  # as libraries do
+                    reached.append("swallowed")
+                reached.append("end")
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert reached == ["end"]
+
+
+def test_names_and_values_are_what_mlflow_takes() -> None:
+    tree = {"a": {"b": [1, 2], "c": [{"d": None}]}, "odd/name!": True, "empty": {}}
+    assert dict(flatten(tree)) == {
+        "a.b": [1, 2],
+        "a.c.0.d": None,
+        "odd_name_": True,
+        "empty": {},
+    }
+    assert [short(v) for v in ("x", "", None, True, 0.1)] == ["x", '""', "null", "true", "0.1"]
+    assert short("y" * 501) != short("y" * 502)
+    assert len(short("y" * 501)) == 500
