@@ -139,8 +139,8 @@ def _save_epoch(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         source = str(base.facts.get("source", ""))
-        config = lora.adapter_config(recipe.lora, adapted, base.digest, source)
-        lora.save(folder, lora.export(adapted, state), config)
+        config = lora.adapter_config(recipe.lora, adapted, source)
+        lora.save(folder, lora.export(adapted, state), config, base.digest)
     import shutil
 
     kept = context.scratch / folder.name

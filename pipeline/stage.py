@@ -229,18 +229,22 @@ def _decide(name: str, options: argparse.Namespace, held: _Held) -> _Decision:
     workspace = Workspace(options.runs.resolve())
     planned = plan_job(job, workspace, adopt=True)[name]
     inputs = planned.open_inputs()
+    if not options.rebuild and planned.sealed_from(inputs):
+        return _skip(planned, workspace)
     held.stack.enter_context(art.lock(planned.folder))
     if planned.folder.exists():
+        if not options.rebuild and planned.sealed_from(inputs):  # sealed between the two looks
+            return _skip(planned, workspace)
+        aside = art.move_aside(planned.folder)
         if options.rebuild:
-            aside = art.move_aside(planned.folder)
             print(f"{name}: rebuilding; the old one is now {aside.name}", flush=True)
-        elif planned.sealed_from(inputs):
-            print(f"{name}: sealed already ({planned.folder.name})", flush=True)
-            Tracker(job, workspace.runs).seen(planned, art.open_artifact(planned.folder))
-            return _Decision(planned=planned)
-        else:
-            art.move_aside(planned.folder)
     return _Decision(planned, inputs, art.stage_folder(planned.folder))
+
+
+def _skip(planned: Planned, workspace: Workspace) -> _Decision:
+    print(f"{planned.name}: sealed already ({planned.folder.name})", flush=True)
+    Tracker(planned.job, workspace.runs).seen(planned, art.open_artifact(planned.folder))
+    return _Decision(planned=planned)
 
 
 def _run(

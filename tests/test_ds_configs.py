@@ -93,3 +93,17 @@ def test_the_engine_refuses_a_stated_hyperparameter(key: str, tmp_path: Path) ->
     path.write_text(json.dumps(read(FILES[0]) | {key: stated}))
     with pytest.raises(RecipeError, match=f"{key} belongs to the job file"):
         read_config(path, SftRecipe())
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_training_on_cpus_needs_no_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would compile an operation of its own as soon as its communication starts, and
+    stage 3 starts it while the model loads; the image has no compiler."""
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+
+    from pipeline.train.zero import ZeroEngine
+
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    with ZeroEngine(ROOT / "ds_configs" / f"{name}.json").loading(SftRecipe()):
+        assert build_shm_op() is None

@@ -6,6 +6,7 @@ On a CPU the block-diagonal mask of a whole pack costs more than the documents t
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def per_document(
             scale=scaling,
             is_causal=True,
         )
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
+        for a, b in itertools.pairwise(starts)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 

@@ -23,6 +23,7 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.recipes import LoraRecipe
 
 PREFIX = "base_model.model."
+BASE_DIGEST = "untaxed_base_digest"
 
 
 class LoraLinear(nn.Module):
@@ -156,9 +157,7 @@ def export(adapted: Mapping[str, LoraLinear], state: Mapping[str, Tensor]) -> di
     return tensors
 
 
-def adapter_config(
-    recipe: LoraRecipe, names: Iterable[str], base_digest: str, base_source: str
-) -> dict[str, Any]:
+def adapter_config(recipe: LoraRecipe, names: Iterable[str], base_source: str) -> dict[str, Any]:
     """``adapter_config.json`` for PEFT: the stored rank, and the alpha that gives our scale."""
     rank = recipe.rank * (2 if recipe.init in ("pissa", "olora") else 1)
     names = list(names)
@@ -175,17 +174,21 @@ def adapter_config(
         "init_lora_weights": True,
         "fan_in_fan_out": False,
         "target_modules": sorted(names),
-        "untaxed_base_digest": base_digest,
     }
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write an adapter and read it back: names, shapes, finite values, and a B that is not zero."""
+def save(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], base_digest: str
+) -> None:
+    """Write an adapter and read it back: names, shapes, finite values, and a B that is not zero.
+
+    The digest of the base goes into the file's metadata, which PEFT leaves alone.
+    """
     from safetensors.torch import load_file, save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+    save_file(dict(tensors), path, metadata={"format": "pt", BASE_DIGEST: base_digest})
     text = json.dumps(config, indent=1, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     written = load_file(path)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.model.lora import BASE_DIGEST, PREFIX
 from pipeline.model.shards import (
     FLOATS,
     NARROW,
@@ -30,7 +31,6 @@ from pipeline.model.shards import (
     write_shard,
 )
 
-PREFIX = "base_model.model."
 PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -111,8 +111,8 @@ class Plan:
     modules: tuple[str, ...] = ()
 
 
-def read_adapter_config(path: Path, base_digest: str) -> dict[str, Any]:
-    """A PEFT LoRA config that means W + s B A on this base; DataError otherwise."""
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """A PEFT LoRA config that means W + s B A; DataError otherwise."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -127,12 +127,6 @@ def read_adapter_config(path: Path, base_digest: str) -> dict[str, Any]:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
             raise DataError(f"{path}: {key}={value!r}, wanted a positive number")
-    trained_on = config.get("untaxed_base_digest")
-    if trained_on is not None and trained_on != base_digest:
-        raise DataError(
-            f"{path}: the adapter was trained on base {str(trained_on)[:16]}, this base is"
-            f" {base_digest[:16]}; merge into the base it was trained on, or train again"
-        )
     return config
 
 
@@ -140,10 +134,11 @@ def plan_adapter(
     base: Checkpoint, folder: Path, *, base_digest: str, scale: float, tied: bool
 ) -> Plan:
     """Match every A/B pair of the adapter in ``folder`` to exactly one base tensor."""
-    config = read_adapter_config(folder / "adapter_config.json", base_digest)
+    config = read_adapter_config(folder / "adapter_config.json")
     rank = int(config["r"])
     factor = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank) * scale
     adapter = read_shard(folder / "adapter_model.safetensors")
+    _require_base(adapter, base_digest)
     updates: dict[str, Update] = {}
     modules = _pairs(adapter)
     for module in modules:
@@ -162,6 +157,15 @@ def plan_adapter(
         _check_pair(where, update, base, name, rank)
         updates[name] = update
     return Plan("lora", updates, factor, rank, tuple(modules))
+
+
+def _require_base(adapter: Shard, base_digest: str) -> None:
+    trained_on = adapter.metadata.get(BASE_DIGEST)
+    if trained_on is not None and trained_on != base_digest:
+        raise DataError(
+            f"{adapter.path}: the adapter was trained on base {trained_on[:16]}, this base is"
+            f" {base_digest[:16]}; merge into the base it was trained on, or train again"
+        )
 
 
 def _pairs(adapter: Shard) -> list[str]:

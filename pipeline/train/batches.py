@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ class MicroBatch:
     starts: Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = [getattr(self, f).to(device) for f in self.__dataclass_fields__ if f != "starts"]
-        return MicroBatch(*moved, starts=self.starts)
+        moved = {f: getattr(self, f).to(device) for f in self.__dataclass_fields__ if f != "starts"}
+        return replace(self, **moved)
 
 
 class Documents:
@@ -110,11 +110,9 @@ class Documents:
             reference.append(np.arange(first, first + len(at)) if is_kl else np.full(len(at), -1))
             offset += len(tokens)
         flat = [np.concatenate(a) for a in (ids, positions, predict, labels, weights, reference)]
+        flat.append(np.cumsum([0, *(len(a) for a in ids)]))
         tensors = [torch.from_numpy(a) for a in flat]
-        starts = np.cumsum([0, *(len(a) for a in ids)])
-        return MicroBatch(
-            tensors[0][None], tensors[1][None], *tensors[2:], starts=torch.from_numpy(starts)
-        )
+        return MicroBatch(tensors[0][None], tensors[1][None], *tensors[2:])
 
     def _filler(self) -> MicroBatch:
         """A few real tokens that weigh nothing, so that every rank does equal collectives."""

@@ -112,13 +112,16 @@ class Trainer:
             raise UntaxedError(f"sft: step {index + 1}: the gradient norm is {norm}; stopped")
         if index + 1 == MUST_MOVE_WITHIN:
             self._require_moving()
-        return {
+        record = {
             "loss": ce_sum / max(1, targets) + kl_weight * kl_sum / max(1, kl_targets),
-            "cross_entropy": ce_sum / max(1, targets),
-            "kl": kl_sum / max(1, kl_targets),
             "learning_rate": rate,
             "grad_norm": norm,
         }
+        if targets:
+            record["cross_entropy"] = ce_sum / targets
+        if kl_targets:
+            record["kl"] = kl_sum / kl_targets
+        return record
 
     def _require_finite(self, loss: torch.Tensor, index: int, pack: list[int]) -> None:
         if not bool(torch.isfinite(loss)):

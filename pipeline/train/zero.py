@@ -101,8 +101,12 @@ class ZeroEngine:
     @contextlib.contextmanager
     def loading(self, recipe: SftRecipe) -> Iterator[None]:
         """Tell transformers of the configuration, so that stage 3 shards while it loads."""
+        import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
+        # On a CPU DeepSpeed would first compile an all-reduce of its own, for which there is no use:
+        # ZeRO-3 gathers, and the gradients of adapters are small. Stage 3 would do so while loading.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = read_config(self.path, recipe)
         self.stage = int(self.config["zero_optimization"].get("stage", 0))
         self.name = f"zero{self.stage}"
@@ -118,9 +122,6 @@ class ZeroEngine:
     def wrap(self, module: SftModule, recipe: SftRecipe) -> None:
         import deepspeed
 
-        # On a CPU DeepSpeed would first compile an all-reduce of its own, for which there is no use:
-        # ZeRO-3 gathers, and the gradients of adapters are small.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.parameters = trainable(module)
         optimizer = adamw(self.parameters.values(), recipe.optimizer)
         self.module = module

@@ -118,7 +118,6 @@ def test_scale_multiplies_the_adapters_own(model: Path, adapter: Path) -> None:
         ({"lora_alpha": None}, "lora_alpha=None"),
         ({"lora_alpha": math.inf}, "lora_alpha=inf"),
         ({"r": 8}, r"A is \[4, \d+\], wanted \[8, \d+\] for rank 8"),
-        ({"untaxed_base_digest": "f" * 64}, "trained on base ffffffff"),
     ],
 )
 def test_a_config_that_means_something_else(
@@ -130,8 +129,17 @@ def test_a_config_that_means_something_else(
 
 
 def test_a_recorded_base_must_be_this_base(model: Path, adapter: Path) -> None:
-    edit_config(adapter, untaxed_base_digest="0" * 64)
-    assert plan(model, adapter).updates
+    path = adapter / "adapter_model.safetensors"
+    for digest, same in (("0" * 64, True), ("f" * 64, False)):
+        save_file(load_file(path), path, metadata={"untaxed_base_digest": digest})
+        if same:
+            assert plan(model, adapter).updates
+        else:
+            with pytest.raises(DataError, match="trained on base ffffffff"):
+                plan(model, adapter)
+
+
+def test_a_config_that_is_not_json(model: Path, adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         plan(model, adapter)

@@ -31,8 +31,8 @@ def start_adapter(folder: Path, inputs: dict[str, Artifact]) -> None:
     assert SFT.lora is not None
     model, adapted = build_model(inputs["base"], SFT, Execution())
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    config = lora.adapter_config(SFT.lora, adapted, inputs["base"].digest, "")
-    lora.save(folder, {n: t + 1.0 for n, t in lora.export(adapted, state).items()}, config)
+    config = lora.adapter_config(SFT.lora, adapted, "")
+    lora.save(folder, {n: t + 1.0 for n, t in lora.export(adapted, state).items()}, config, "")
     save_file(lora.export(adapted, state), folder / "adapter_model.safetensors")
 
 
@@ -56,9 +56,7 @@ def test_losses_and_adapter_are_those_of_trl(tmp_path: Path, inputs: dict[str, A
 
     ours = tmp_path / "ours"
     ours.mkdir()
-    context = Context(
-        scratch=tmp_path, options={"engine": "single"}, console=Console(quiet=True)
-    )
+    context = Context(scratch=tmp_path, options={"engine": "single"}, console=Console(quiet=True))
     sft.run(SFT, inputs, ours, context)
     start_adapter(tmp_path / "start", inputs)
     base = load_model(inputs["base"].folder, torch.float32)
@@ -127,8 +125,8 @@ def test_the_exported_adapter_is_what_was_trained(
                 parameter += 0.02 * noise
         moved = model(ids).logits
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    config = lora.adapter_config(recipe.lora, adapted, inputs["base"].digest, "")
-    lora.save(tmp_path / "adapter", lora.export(adapted, state), config)
+    config = lora.adapter_config(recipe.lora, adapted, "")
+    lora.save(tmp_path / "adapter", lora.export(adapted, state), config, inputs["base"].digest)
     peer = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     with torch.no_grad():
         expected = peer(ids).logits
