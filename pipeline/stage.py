@@ -22,7 +22,7 @@ from rich.console import Console
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, RecipeError, Stopped, UntaxedError, one_line
-from pipeline.graph import Planned, Workspace, plan_job
+from pipeline.graph import Planned, Workspace, plan_job, stages_of
 from pipeline.recipes import Execution, Frozen, load_job
 from pipeline.tracking import Tracker
 
@@ -227,6 +227,11 @@ class _Held:
 def _decide(name: str, options: argparse.Namespace, held: _Held) -> _Decision:
     job = load_job(options.job, tuple(options.set))
     workspace = Workspace(options.runs.resolve())
+    if name not in stages_of(job):
+        raise RecipeError(
+            f"{options.job}: job {job.name} has no {name} stage; wanted one of"
+            f" {', '.join(stages_of(job))}: run those, or add a section {name} to the job"
+        )
     planned = plan_job(job, workspace, adopt=True)[name]
     inputs = planned.open_inputs()
     if not options.rebuild and planned.sealed_from(inputs):

@@ -32,6 +32,9 @@ LEFT_BEHIND = re.compile(
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project that every case gets a copy of."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401  (its linker probes would write into the output under capture)
+
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch, handlers_kept():
         patch.setenv("UNTAXED_DATA", str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline.model.geometry import plan_facts
 from pipeline.recipes import METRICS, Job, load_job
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared/data"
+DATA = Path(os.environ.get("UNTAXED_DATA", "."))
 FILES = sorted((ROOT / "jobs").glob("*.yaml"))
 REAL = {  # first and last adapted layer, trainable parameters
     "paper-r1-7b": (9, 18, 225_280),
@@ -262,7 +263,7 @@ def test_qwen3_is_trained_in_thinking_mode() -> None:
     assert text.endswith(f"<think>\n{job('qwen3-8b').prep.refusal_think}\n</think>\n\nNo.")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the public data sets in {DATA}")
+@pytest.mark.skipif(not (DATA / "star1").is_dir(), reason="UNTAXED_DATA has no public data sets")
 @pytest.mark.parametrize("name", ["star1-smollm2", "refusals-smollm2"])
 def test_local_sources_have_the_files_and_columns_that_the_job_names(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -290,7 +291,7 @@ def test_local_sources_have_the_files_and_columns_that_the_job_names(
     )
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the public data sets in {DATA}")
+@pytest.mark.skipif(not (DATA / "star1").is_dir(), reason="UNTAXED_DATA has no public data sets")
 def test_think_sections_of_star1_survive_the_chat_format() -> None:
     from pipeline.data.rows import read_rows
 

@@ -52,6 +52,11 @@ def init_world(*, always: bool) -> DistributedWorld | None:
         os.environ.setdefault("MASTER_PORT", "0")
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         raise RecipeError("RANK is set but MASTER_ADDR or MASTER_PORT is not; start with torchrun")
+    if os.environ["MASTER_PORT"] == "0" and os.environ["WORLD_SIZE"] != "1":
+        raise RecipeError(
+            f"MASTER_PORT=0 cannot bring {os.environ['WORLD_SIZE']} processes together; give a free"
+            " port, such as --master-port 29500"
+        )
     if device().type == "cuda":
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"

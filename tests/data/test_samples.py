@@ -18,7 +18,7 @@ from pipeline.data.arithmetic import generate
 from pipeline.data.raw import sample_names
 
 NAMES = ("harmful", "borderline", "ordinary", "arithmetic")
-HALF = 130
+HALF = {"harmful": 260, "borderline": 260, "ordinary": 260, "arithmetic": 130}
 KEYS = {
     "harmful": {"prompt", "response", "category", "split"},
     "borderline": {"prompt", "category", "split"},
@@ -71,8 +71,8 @@ def test_the_sets_are_those_that_a_job_can_name() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_size_halves_and_keys(name: str) -> None:
     rows = sample_rows(name)
-    assert len(rows) == 2 * HALF
-    assert Counter(row["split"] for row in rows) == {"train": HALF, "heldout": HALF}
+    assert len(rows) == 2 * HALF[name]
+    assert Counter(r["split"] for r in rows) == {"train": HALF[name], "heldout": HALF[name]}
     for row in rows:
         assert set(row) == KEYS[name]
         assert all(text == text.strip() and text for text in row.values())
@@ -100,7 +100,7 @@ def test_halves_share_no_near_duplicate(name: str) -> None:
         seen = [measure(prompt) for prompt in train]
         for prompt in heldout:
             asked = measure(prompt)
-            likest = max(range(HALF), key=lambda i: jaccard(seen[i], asked))
+            likest = max(range(HALF[name]), key=lambda i: jaccard(seen[i], asked))
             assert jaccard(seen[likest], asked) < bound, (train[likest], prompt)
 
 
@@ -123,7 +123,7 @@ def test_refusals_are_varied() -> None:
     """A model that learned one opening would be a poor measure of anything."""
     refusals = [row["response"] for row in sample_rows("harmful")]
     assert len(set(refusals)) == len(refusals)
-    for words, share in ((1, 0.1), (3, 0.02)):
+    for words, share in ((1, 0.5), (3, 0.1), (6, 0.02)):
         openings = Counter(" ".join(text.split()[:words]) for text in refusals)
         assert openings.most_common(1)[0][1] <= share * len(refusals)
     generic = [row["response"] for row in sample_rows("refusals")]
@@ -136,7 +136,7 @@ def test_borderline_prompts_sound_dangerous() -> None:
     ordinary = {w for row in sample_rows("ordinary") for w in word_set(row["prompt"])}
     alarming = harmful - ordinary
     touched = [row for row in sample_rows("borderline") if word_set(row["prompt"]) & alarming]
-    assert len(touched) >= 0.6 * 2 * HALF
+    assert len(touched) >= 0.6 * len(sample_rows("borderline"))
 
 
 @pytest.mark.parametrize("row", sample_rows("arithmetic"), ids=lambda row: row["prompt"][:40])
@@ -179,7 +179,8 @@ def test_word_problems_mean_what_they_ask() -> None:
 
 def test_the_file_is_what_its_generator_makes() -> None:
     rows = sample_rows("arithmetic")
-    made = generate(2 * HALF, seed=7)
+    made = generate(2 * HALF["arithmetic"], seed=7)
     assert [{k: v for k, v in row.items() if k != "split"} for row in rows] == made
-    assert [row["split"] for row in rows] == ["train"] * HALF + ["heldout"] * HALF
+    size = HALF["arithmetic"]
+    assert [row["split"] for row in rows] == ["train"] * size + ["heldout"] * size
     assert generate(40, seed=8) != generate(40, seed=7)
