@@ -214,7 +214,7 @@ def seal(
         untaxed_version=__version__,
     )
     for path in staging.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.stat().st_nlink == 1:  # a link is somebody's own file
             path.chmod(0o444)
     text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True, allow_nan=False)
     write_atomic(staging / MANIFEST, text + "\n")

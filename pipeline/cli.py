@@ -13,7 +13,7 @@ from rich.table import Table
 from pipeline import artifact as art
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
-from pipeline.launching import ENGINES, launch_stage
+from pipeline.launching import ENGINES, engine_of, launch_stage
 from pipeline.recipes import Job, load_job
 from pipeline.stage import DEFAULT_JOB, Parser
 from pipeline.summary import print_summary, write_summary
@@ -69,6 +69,7 @@ def _jobs(options: argparse.Namespace) -> list[tuple[Path, Job]]:
 
 def run(options: argparse.Namespace) -> int:
     """Run the stages of all jobs that are not sealed yet, then write the report."""
+    engine_of(options)
     console = Console(stderr=True)
     workspace = Workspace(options.runs.resolve())
     jobs = _jobs(options)

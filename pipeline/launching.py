@@ -17,6 +17,16 @@ from pipeline.stage import ROOT, STATUS_FILE
 ENGINES = ("zero3", "zero2", "zero1", "zero3-offload", "fsdp", "ddp", "single")
 
 
+def engine_of(options: argparse.Namespace) -> str:
+    """The engine that trains; RecipeError for a count of processes that it cannot have."""
+    if options.nproc < 1:
+        raise RecipeError(f"--nproc {options.nproc}: wanted at least 1")
+    engine: str = options.engine or ("zero3" if options.nproc > 1 else "single")
+    if engine == "single" and options.nproc > 1:
+        raise RecipeError(f"--engine single with --nproc {options.nproc}; use fsdp, ddp or zero3")
+    return engine
+
+
 def command_of(name: str, job: Path, options: argparse.Namespace) -> list[str]:
     """The command line of one stage, as a person would type it."""
     script = str(ROOT / "pipeline" / f"{name}.py")
@@ -27,14 +37,8 @@ def command_of(name: str, job: Path, options: argparse.Namespace) -> list[str]:
         arguments.append("--rebuild")
     if name != "sft":
         return [sys.executable, script, *arguments]
-    engine = options.engine or ("zero3" if options.nproc > 1 else "single")
-    if options.nproc < 1:
-        raise RecipeError(f"--nproc {options.nproc}: wanted at least 1")
+    engine = engine_of(options)
     if engine == "single":
-        if options.nproc > 1:
-            raise RecipeError(
-                f"--engine single with --nproc {options.nproc}; use fsdp, ddp or zero3"
-            )
         return [sys.executable, script, *arguments, "--engine", "single"]
     launcher = Path(sys.executable).parent
     port = str(_free_port())

@@ -100,6 +100,8 @@ def _check(recipe: PrepRecipe) -> None:
         )
     if recipe.refusal_think is not None and not recipe.refusal_think.strip():
         raise RecipeError("prep.refusal_think is empty; leave it out for refusals without thinking")
+    if recipe.refusal_response is not None and not recipe.refusal_response.strip():
+        raise RecipeError("prep.refusal_response is empty; leave it out for varied refusals")
 
 
 def _drop_long(parts: Sequence[_Part], most: int) -> None:
@@ -180,7 +182,7 @@ def _with_target(row: Row, source: TrainSource, recipe: PrepRecipe, refusals: Se
         return row
     response = row.response
     if response is None:
-        response = refusals[_hash(row.id) % len(refusals)]
+        response = recipe.refusal_response or refusals[_hash(row.id) % len(refusals)]
     return replace(row, response=response, think=row.think or recipe.refusal_think)
 
 

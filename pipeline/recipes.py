@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -115,11 +115,16 @@ class TrainSource(SourceRecipe):
 
 
 class PrepRecipe(Frozen):
-    """Raw rows to conversations. ``exclude``: prompts that must not be trained on."""
+    """Raw rows to conversations. ``exclude``: prompts that must not be trained on.
+
+    A refusal row without a response gets ``refusal_response``, by default one of the short refusals
+    that ship with the project. One text for all leaves a small model nothing to learn but when.
+    """
 
     sources: tuple[TrainSource, ...] = Field(min_length=1)
     exclude: tuple[SourceRecipe, ...] = ()
     refusal_think: str | None = None
+    refusal_response: str | None = None
     dev_fraction: Annotated[Real, Field(ge=0.0, le=0.5)] = 0.1
     near_duplicate_threshold: Fraction = 0.8
     max_prompt_characters: Positive = 8000
@@ -292,26 +297,21 @@ class Suite(SourceRecipe):
     max_new_tokens: Positive = 64
 
 
-METRICS = (
+Metric = Literal[
     "harmful_refusal",
     "borderline_refusal",
     "benign_refusal",
     "reasoning_accuracy",
     "reasoning_nll",
-)
+]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 
 class Check(Frozen):
     """One line of the release gate. ``compare``: the aligned value itself, its difference from the
     base, or its relative change; ``min_base``: a base below it tells nothing."""
 
-    metric: Literal[
-        "harmful_refusal",
-        "borderline_refusal",
-        "benign_refusal",
-        "reasoning_accuracy",
-        "reasoning_nll",
-    ]
+    metric: Metric
     compare: Literal["value", "difference", "relative"] = "value"
     at_least: Real | None = None
     at_most: Real | None = None

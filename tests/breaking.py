@@ -19,6 +19,7 @@ import pytest
 from parts import make_model, make_tokenizer, sample_rows
 
 from pipeline.artifact import MANIFEST
+from pipeline.data.rows import spread
 from pipeline.graph import Workspace, plan_job
 from pipeline.recipes import apply_set, load_job
 from pipeline.stage import Run, main
@@ -235,7 +236,7 @@ def make_place(folder: Path) -> Place:
     make_base(folder / "base")
     (folder / "data").mkdir()
     place = Place(folder, json.loads(json.dumps(JOB)))
-    rows = sample_rows("harmful")[:ROWS]
+    rows = spread(sample_rows("harmful"), ROWS)
     place.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--job", str(place.write_job()), "--runs", str(place.runs)]
     for stage in ("prep", "pack", "sft"):
