@@ -21,7 +21,7 @@ from pipeline.artifact import Artifact
 from pipeline.data.packing import best_fit_decreasing
 from pipeline.errors import UntaxedError, one_line
 from pipeline.model import lora
-from pipeline.model.build import DTYPES, build_model
+from pipeline.model.build import DTYPES, build_model, check_dtypes
 from pipeline.recipes import SftRecipe
 from pipeline.stage import Context, arguments, main
 from pipeline.train import checkpoint
@@ -48,6 +48,7 @@ def run(
     count = sum(_elements(p) for p in named.values())
     watch = GradientWatch(named.items() if recipe.lora else ())
     engine.wrap(module, recipe)
+    check_dtypes(module, recipe)
     context.log(f"sft: {engine.name} x {world.size}, {count:,} trainable parameters")
     train, dev, capacity = _splits(engine, recipe, inputs["pack"], context)
     probe_isolation(engine, train.documents, DTYPES[recipe.precision])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError, RecipeError
+from pipeline.errors import DataError, RecipeError, UntaxedError
 from pipeline.model import lora
 from pipeline.model.attention import choose
 from pipeline.model.base import load_model
@@ -43,6 +43,20 @@ def build_model(
         model.disable_input_require_grads()
     model.train()
     return model, adapted
+
+
+def check_dtypes(model: nn.Module, recipe: SftRecipe) -> None:
+    """UntaxedError when an engine has changed a precision: frozen weights have the recipe's, adapters
+    are fp32. (Quantized weights have none; in full fine-tuning the engine holds its own copies.)"""
+    if recipe.lora is None or recipe.quantization != "none":
+        return
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if parameter.requires_grad else DTYPES[recipe.precision]
+        if parameter.dtype != wanted:
+            raise UntaxedError(
+                f"sft: {name} became {parameter.dtype} under this engine, wanted {wanted};"
+                " nothing was trained"
+            )
 
 
 def _nf4(compute: torch.dtype) -> Any:

@@ -116,7 +116,10 @@ class ZeroEngine:
                     "sft.quantization: nf4 with ZeRO-3 is not supported: its sharding cannot split"
                     " quantized weights; use --engine fsdp, ddp or single"
                 )
-            self._alive = HfDeepSpeedConfig(self.config)
+            # While loading, stage 3 casts every weight to the precision that this section names,
+            # fp32 without it; afterwards the section is off, and adapters may stay fp32.
+            loads_bf16 = recipe.precision == "bf16"
+            self._alive = HfDeepSpeedConfig(self.config | {"bf16": {"enabled": loads_bf16}})
         yield
 
     def wrap(self, module: SftModule, recipe: SftRecipe) -> None:
@@ -181,6 +184,12 @@ class ZeroEngine:
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        if self.stage == 3:  # it allocates only in the first step
+            for flat in self.optimizer.fp32_partitioned_groups_flat:
+                held = self._inner().state[flat]
+                held.setdefault("step", torch.zeros((), dtype=torch.float32))
+                for moment in MOMENTS:
+                    held.setdefault(moment, torch.zeros_like(flat))
         for name, parameter in self.parameters.items():
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"], moment)
