@@ -147,7 +147,7 @@ class AnchorRecipe(Frozen):
 
 
 class Batch(Frozen):
-    """Size of one optimiser step: in documents (``rows``) or in padded-free tokens (``tokens``)."""
+    """Size of one optimiser step: in documents (``rows``) or in tokens without padding (``tokens``)."""
 
     rows: Positive | None = None
     tokens: Positive | None = None

@@ -8,6 +8,7 @@ python pipeline/sft.py                                  one process
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -46,7 +47,9 @@ def run(
     module = SftModule(model)
     named = trainable(module)
     count = sum(_elements(p) for p in named.values())
-    watch = GradientWatch(named.items() if recipe.lora else ())
+    # FSDP2 replaces the parameters that it shards, and looks at their gradients itself
+    sharded_full = recipe.lora is None and engine.name == "fsdp"
+    watch = GradientWatch(() if sharded_full else named.items())
     engine.wrap(module, recipe)
     check_dtypes(module, recipe)
     context.log(f"sft: {engine.name} x {world.size}, {count:,} trainable parameters")
@@ -106,11 +109,12 @@ def _on_sigterm() -> Any:
 
 
 def _resume(engine: Engine, context: Context) -> Position:
-    found = checkpoint.newest(context.scratch, context.log)
+    world = context.world
+    found = checkpoint.newest(context.scratch, context.log) if world.rank == 0 else None
+    found = world.broadcast(found)  # one rank chooses, or ranks could go on from different steps
     if found is None:
         return Position(0, [])
-    meta, state = found
-    position = checkpoint.restore(engine, meta, state, context.world.rank)
+    position = checkpoint.restore(found, engine, world.rank, world.size)
     context.log(f"sft: going on after step {position.step}")
     for record in position.history:
         context.metric(int(record["step"]), record)
@@ -131,6 +135,7 @@ def _save_epoch(
     if context.world.rank != 0:
         return
     folder = out / f"epoch-{number}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a try that died between epoch and checkpoint
     if recipe.lora is None:
         from safetensors.torch import save_file
 
@@ -142,17 +147,15 @@ def _save_epoch(
         source = str(base.facts.get("source", ""))
         config = lora.adapter_config(recipe.lora, adapted, source)
         lora.save(folder, lora.export(adapted, state), config, base.digest)
-    import shutil
-
-    kept = context.scratch / folder.name
-    shutil.rmtree(kept, ignore_errors=True)
-    shutil.copytree(folder, kept)
+    staging, kept = context.scratch / f".{folder.name}.tmp", context.scratch / folder.name
+    for old in (staging, kept):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(folder, staging)
+    staging.rename(kept)
 
 
 def _replay_epochs(out: Path, context: Context) -> None:
     """Epochs that a stopped run had finished already."""
-    import shutil
-
     if context.world.rank == 0:
         for kept in sorted(context.scratch.glob("epoch-*")):
             shutil.copytree(kept, out / kept.name, dirs_exist_ok=True)
@@ -191,11 +194,10 @@ def start(argv: list[str] | None = None) -> int:
     except UntaxedError as error:
         print(f"sft: {one_line(error)}", file=sys.stderr, flush=True)
         return error.exit_code
-    try:
-        return main("sft", run, argv, world)
-    finally:
-        if world is not None:
-            torch.distributed.destroy_process_group()
+    code = main("sft", run, argv, world)
+    if world is not None and code == 0:  # after a failure the others may never come to it
+        torch.distributed.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -21,9 +22,9 @@ from rich.console import Console
 
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError, RecipeError, Stopped, UntaxedError, one_line
+from pipeline.errors import RecipeError, Stopped, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
-from pipeline.recipes import Execution, Frozen, load_job
+from pipeline.recipes import Execution, load_job
 from pipeline.tracking import Tracker
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class Context:
     def log(self, message: str) -> None:
         """Say something to the person watching, once, not once a rank."""
         if self.world.rank == 0:
-            self.console.print(message, highlight=False, markup=False)
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of one step for tracking (rank 0 only)."""
@@ -130,6 +131,7 @@ def _say_status(code: int) -> None:
 def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> int:
     """The stage with every failure turned into one line and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets an optional kernel
     try:
         _shell(name, run, options, world)
         return 0
@@ -298,6 +300,3 @@ def _run(
             tracker.fail(planned, "KILLED" if killed else "FAILED", one_line(error))
             shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-__all__ = ["Context", "DataError", "Frozen", "Solo", "World", "main"]

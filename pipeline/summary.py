@@ -52,7 +52,7 @@ def print_summary(report: dict[str, Any], workspace: Workspace, console: Console
     table.add_column("95% interval", no_wrap=True)
     table.add_column("base")
     for one in reports:
-        table.add_column(one["job"])
+        table.add_column(one["job"], overflow="fold")
     for metric in METRICS:
         cells = [_cell(metric, report["base"].get(metric))]
         cells += [_cell(metric, one["aligned"].get(metric)) for one in reports]
@@ -61,10 +61,12 @@ def print_summary(report: dict[str, Any], workspace: Workspace, console: Console
     table.add_row("gate", "", *gates)
     console.print(table)
     for check in report["gate"]["checks"]:
-        console.print(f"  {check['status']:>13}  {check['metric']}: {check['why']}", markup=False)
+        line = f"  {check['status']:>13}  {check['metric']}: {check['why']}"
+        console.print(line, markup=False, soft_wrap=True)
     seconds = report["seconds"]
     spent = "  ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    console.print(f"seconds: {spent}; in all {sum(seconds.values()):.0f}", highlight=False)
+    text = f"seconds: {spent}; in all {sum(seconds.values()):.0f}"
+    console.print(text, highlight=False, soft_wrap=True)
     console.print(f"report: {workspace.runs / 'report.html'}", soft_wrap=True, markup=False)
     uri = shlex.quote(store_uri(workspace.runs))
     console.print(f"MLflow: mlflow ui --backend-store-uri {uri}", soft_wrap=True, markup=False)

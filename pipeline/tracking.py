@@ -137,7 +137,7 @@ class Tracker:
         return not gone and self.spool.mark(f"{uri} {_experiment()}", event).exists()
 
     def _drain(self) -> None:
-        """Record all events that wait, in order; stops at the first that the store has no ear for."""
+        """Record all events that wait, in order; stops at the first one that it cannot record."""
         waiting = self.spool.waiting()
         if not waiting:
             return

@@ -135,7 +135,8 @@ def test_a_second_run_skips_everything_without_torch_or_mlflow(first: First) -> 
     assert time.monotonic() - started < 60
     code = (
         "import sys; from pipeline.cli import main; code = main(sys.argv[1:]);"
-        "heavy = {'torch', 'mlflow', 'transformers'} & set(sys.modules); sys.exit(str(heavy) * bool(heavy))"
+        "heavy = {'torch', 'mlflow', 'transformers'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else code)"
     )
     command = [sys.executable, "-c", code, "run", "--job", str(workplace.job)]
     done = subprocess.run(

@@ -17,7 +17,7 @@ from pipeline.recipes import Batch, ChatRecipe, PackRecipe
 from pipeline.stage import Context
 
 ROOT = Path(__file__).resolve().parents[1]
-LORA = {"rank": 2, "targets": "mlp", "layers": {"from_fraction": 0.34, "to_fraction": 1.0}}
+LORA = {"rank": 2, "targets": "mlp"}
 RECIPE: dict[str, Any] = {
     "lora": LORA,
     "optimizer": {"learning_rate": 0.02, "weight_decay": 0.01},

@@ -50,12 +50,17 @@ def per_document(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def choose(config: Any) -> str:
-    """The attention to train with: per document on a CPU, else PyTorch's own with position ids.
+def choose(config: Any, *, bf16: bool) -> str:
+    """The attention to train with: per document on a CPU, FlashAttention on a GPU that has it, else
+    PyTorch's own; the last two tell documents apart by their position ids.
 
     A model with a sliding window keeps its own: the window is part of its mask.
     """
     from transformers import AttentionInterface
+    from transformers.utils import is_flash_attn_2_available
+
+    if torch.cuda.is_available() and is_flash_attn_2_available() and bf16:
+        return "flash_attention_2"
 
     windowed = getattr(config, "sliding_window", None) and getattr(
         config, "use_sliding_window", True

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.graph import Workspace
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-KEEP = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "*.safetensors")
+KEEP = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md", "*.safetensors")
 
 
 def identity_of(recipe: BaseRecipe, workspace: Workspace) -> dict[str, str | None]:

@@ -30,7 +30,7 @@ def build_model(
     if recipe.quantization == "nf4":
         options["quantization_config"] = _nf4(dtype)
     model = load_model(base.folder, dtype, **options)
-    model.set_attn_implementation(choose(model.config))
+    model.set_attn_implementation(choose(model.config, bf16=dtype == torch.bfloat16))
     adapted: dict[str, lora.LoraLinear] = {}
     if recipe.lora is None:
         model.requires_grad_(True)
@@ -65,7 +65,7 @@ def _nf4(compute: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
     except ImportError:
         raise RecipeError(
-            "sft.quantization: nf4 needs bitsandbytes; run: pip install 'untaxed[gpu]'"
+            "sft.quantization: nf4 needs bitsandbytes; run: pip install bitsandbytes"
         ) from None
     return BitsAndBytesConfig(
         load_in_4bit=True,

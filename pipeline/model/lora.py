@@ -55,6 +55,12 @@ class LoraLinear(nn.Module):
             update = update - functional.linear(functional.linear(h, self.origin_A), self.origin_B)
         return y + (self.scale * update).to(y.dtype)
 
+    def adapter_to(self, device: torch.device) -> None:
+        """Move what was added to the base, not the base."""
+        for tensor in (self.lora_A, self.lora_B, self.origin_A, self.origin_B):
+            if tensor is not None:
+                tensor.data = tensor.data.to(device)
+
 
 def find_targets(model: nn.Module, recipe: LoraRecipe) -> dict[str, nn.Module]:
     """The modules that ``recipe`` adapts, by name, in model order.
@@ -188,7 +194,7 @@ def save(
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "adapter_model.safetensors"
-    save_file(dict(tensors), path, metadata={"format": "pt", BASE_DIGEST: base_digest})
+    save_file(dict(tensors), path, metadata={BASE_DIGEST: base_digest})
     text = json.dumps(config, indent=1, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     written = load_file(path)

@@ -45,7 +45,7 @@ class MicroBatch:
 
 
 class Documents:
-    """The documents of one split: tokens, trained mask, and what each is trained for."""
+    """The documents of one split: tokens, trained mask, lengths, and what each is trained for."""
 
     def __init__(self, artifact: Artifact, split: str, anchors: AnchorLoss) -> None:
         from safetensors.numpy import load_file
@@ -55,6 +55,7 @@ class Documents:
         self.trained = arrays[f"{split}.trained"].astype(bool)
         self.starts = arrays[f"{split}.starts"]
         self.kind = arrays[f"{split}.kind"]
+        self.lengths = [int(n) for n in np.diff(self.starts)]
         self.names = json.loads(artifact.path("documents.json").read_text())[split]
         self.anchors = anchors
         is_kl = (self.kind == ANCHOR) & (anchors.objective == "kl")
@@ -68,11 +69,6 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.kind)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document."""
-        return [int(n) for n in np.diff(self.starts)]
 
     def _span(self, d: int) -> slice:
         return slice(int(self.starts[d]), int(self.starts[d + 1]))

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def save(folder: Path, engine: Engine, position: Position, rank: int) -> None:
     """Collective: gather on all ranks, write on rank 0, atomically; keep the newest two."""
     trainable = engine.trainable_state()
     optimizer = engine.optimizer_state()
-    rngs = gather_objects(torch.get_rng_state())
+    rngs = gather_objects(_rng_states())
     if rank != 0:
         return
     from safetensors.torch import save_file
@@ -47,7 +46,7 @@ def save(folder: Path, engine: Engine, position: Position, rank: int) -> None:
     staging.mkdir(parents=True)
     tensors = {f"trainable.{k}": v for k, v in trainable.items()}
     tensors |= {f"optimizer.{k}": v for k, v in optimizer.items()}
-    tensors |= {f"rng.{rank}": state for rank, state in enumerate(rngs)}
+    tensors |= {f"rng.{rank}.{k}": v for rank, states in enumerate(rngs) for k, v in states.items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, staging / "state.safetensors")
     meta = {
         "step": position.step,
@@ -61,32 +60,39 @@ def save(folder: Path, engine: Engine, position: Position, rank: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any], State] | None:
-    """The newest whole checkpoint, verified by hash; a damaged one is named and passed over."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _rng_states() -> State:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint, verified by hash; a damaged one is named and passed over."""
     for path in sorted(folder.glob("checkpoint-*"), reverse=True):
         try:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
             if hash_file(path / "state.safetensors").sha256 != meta["sha256"]:
                 raise ValueError("its content does not match its hash")
-            return meta, load_file(path / "state.safetensors")
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            return path
+        except (OSError, ValueError, KeyError) as error:
             warn(f"sft: checkpoint {path.name} is damaged ({error}); trying the one before")
     return None
 
 
-def restore(
-    engine: Engine, meta: Mapping[str, Any], state: Mapping[str, Tensor], rank: int
-) -> Position:
+def restore(path: Path, engine: Engine, rank: int, world_size: int) -> Position:
     """Put a checkpoint into the engine; RNG states only at the same world size."""
+    from safetensors.torch import load_file
+
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    state = load_file(path / "state.safetensors")
     engine.load_trainable_state(_part(state, "trainable."))
     engine.load_optimizer_state(_part(state, "optimizer."))
-    if meta["world_size"] == len([k for k in state if k.startswith("rng.")]):
-        own = state.get(f"rng.{rank}")
-        if own is not None:
-            torch.set_rng_state(own)
+    if meta["world_size"] == world_size:
+        own = _part(state, f"rng.{rank}.")
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
     return Position(int(meta["step"]), list(meta["history"]))
 
 

@@ -74,7 +74,7 @@ class Trainer:
                     record["tokens_per_second"] = tokens / (time.monotonic() - started)
                     position.step += 1
                     position.history.append(record)
-                    self.context.metric(position.step, record)
+                    self.context.metric(int(record["step"]), record)
                     progress.advance(record)
                     if index + 1 == len(epoch):
                         position.history.append(self._validate(position.step))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pipeline.model.lora import LoraLinear
 from pipeline.recipes import SftRecipe
 from pipeline.train.engine import State, adamw, trainable
 from pipeline.train.loss import SftModule
@@ -37,7 +38,12 @@ class ReplicatedEngine:
 
     def wrap(self, module: SftModule, recipe: SftRecipe) -> None:
         """Move to the device and make the optimiser."""
-        self.module = module if recipe.quantization != "none" else module.to(device())
+        if recipe.quantization == "none":
+            module.to(device())
+        for part in module.modules():  # a quantized base was put there when it was loaded
+            if isinstance(part, LoraLinear):
+                part.adapter_to(device())
+        self.module = module
         self._prepare(module, recipe)
 
     def _prepare(self, module: nn.Module, recipe: SftRecipe) -> None:

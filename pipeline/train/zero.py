@@ -164,10 +164,17 @@ class ZeroEngine:
         return {n: _cpu(safe_get_full_fp32_param(p)) for n, p in self.parameters.items()}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param
 
+        parameters = list(self.parameters.values())
         for name, parameter in self.parameters.items():
             safe_set_full_fp32_param(parameter, state[name])
+        # That is the optimiser's copy; the one that forward reads would only follow after a step.
+        sharded = parameters if self.stage == 3 else []
+        with torch.no_grad(), GatheredParameters(sharded, modifier_rank=0):
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(state[name])
 
     def optimizer_state(self) -> State:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -181,15 +188,22 @@ class ZeroEngine:
                 state["step"] = torch.as_tensor(held["step"], dtype=torch.float32).clone()
         return state
 
+    def _allocate_moments(self) -> None:
+        """What DeepSpeed would do in the first step."""
+        third = self.stage == 3
+        flats = "fp32_partitioned_groups_flat" if third else "single_partition_of_fp32_groups"
+        for flat in getattr(self.optimizer, flats):
+            held = self._inner().state[flat]
+            held.setdefault("step", torch.zeros((), dtype=torch.float32))
+            for moment in MOMENTS:
+                held.setdefault(moment, torch.zeros_like(flat))
+        if not third:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        if self.stage == 3:  # it allocates only in the first step
-            for flat in self.optimizer.fp32_partitioned_groups_flat:
-                held = self._inner().state[flat]
-                held.setdefault("step", torch.zeros((), dtype=torch.float32))
-                for moment in MOMENTS:
-                    held.setdefault(moment, torch.zeros_like(flat))
+        self._allocate_moments()
         for name, parameter in self.parameters.items():
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"], moment)

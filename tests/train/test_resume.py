@@ -95,6 +95,7 @@ def test_another_world_and_engine_goes_on(
     runs = []
     for name, options in {
         "fsdp": {"engine": "fsdp"},
+        "zero2": {"ds": str(Path(__file__).parents[2] / "ds_configs/zero2.json")},
         "zero3": {"ds": str(Path(__file__).parents[2] / "ds_configs/zero3.json")},
     }.items():
         with monkeypatch.context() as patch:
@@ -105,7 +106,7 @@ def test_another_world_and_engine_goes_on(
         runs.append({"out": str(tmp_path / name), "scratch": scratch, "recipe": RECIPE, **options})
     launch(runs, inputs, tmp_path)
     expected = losses(tmp_path / "whole")
-    for name in ("fsdp", "zero3"):
+    for name in ("fsdp", "zero2", "zero3"):
         got = losses(tmp_path / name)
         assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
         facts = json.loads((tmp_path / name / "facts.json").read_text())
