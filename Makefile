@@ -23,7 +23,7 @@ demo: $(READY)
 		--job jobs/quickstart.yaml --job jobs/quickstart-refusals-only.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(NPROC) --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

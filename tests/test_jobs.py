@@ -278,9 +278,9 @@ def test_local_sources_have_the_files_and_columns_that_the_job_names(
     assert (
         sizes
         == {
-            "star1-smollm2": {"star1": 240},
+            "star1-smollm2": {"star1": 1000},
             "refusals-smollm2": {
-                "harmful": 200,
+                "harmful": 240,
                 "harmless": 240,
                 "strongreject": 313,
                 "xstest": 450,
