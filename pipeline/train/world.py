@@ -57,6 +57,11 @@ def init_world(*, always: bool) -> DistributedWorld | None:
             f"MASTER_PORT=0 cannot bring {os.environ['WORLD_SIZE']} processes together; give a free"
             " port, such as --master-port 29500"
         )
+    if device().type == "cuda" and (device().index or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"LOCAL_RANK={device().index} but this machine has {torch.cuda.device_count()} GPU(s);"
+            " start fewer processes, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     if device().type == "cuda":
         torch.cuda.set_device(device())
     backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
