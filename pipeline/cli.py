@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pipeline import artifact as art
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
 from pipeline.launching import ENGINES, engine_of, launch_stage
-from pipeline.recipes import Job, load_job
+from pipeline.recipes import Geometry, Job, load_job
 from pipeline.stage import DEFAULT_JOB, Parser
 from pipeline.summary import print_summary, write_summary
 from pipeline.tracking import Tracker
@@ -110,10 +111,24 @@ def plan(options: argparse.Namespace) -> int:
         for planned in plan_job(job, workspace, adopt=False).values():
             table.add_row(planned.name, planned.key or "-", _why(planned))
         console.print(table)
-        for name, value in plan_facts(job).items():
+        for name, value in plan_facts(job, _shapes(job, workspace)).items():
             text = f"{value:,}" if isinstance(value, int) else value
             console.print(f"  {name.replace('_', ' ')}: {text}", highlight=False)
     return 0
+
+
+def _shapes(job: Job, workspace: Workspace) -> Geometry | None:
+    """Shapes of the base where it is adopted and of a known architecture."""
+    from pipeline.model.base import find_base
+    from pipeline.model.geometry import geometry_of
+
+    base = find_base(job.base, workspace)
+    if base is None:
+        return None
+    try:
+        return geometry_of(json.loads(base.path("config.json").read_text(encoding="utf-8")))
+    except DataError:
+        return None
 
 
 def _why(planned: Planned) -> str:

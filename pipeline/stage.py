@@ -197,7 +197,7 @@ class _Decision:
 
 def _shell(name: str, run: Run, options: argparse.Namespace, world: World) -> None:
     decision = _Decision()
-    with _Held() as held:
+    with contextlib.ExitStack() as held:  # rank 0 keeps its lock until all is sealed or has failed
         if world.rank == 0:
             try:
                 decision = _decide(name, options, held)
@@ -213,20 +213,7 @@ def _shell(name: str, run: Run, options: argparse.Namespace, world: World) -> No
         _run(name, run, options, world, decision)
 
 
-class _Held:
-    """Keeps the build lock of rank 0 until the stage is sealed or has failed."""
-
-    def __init__(self) -> None:
-        self.stack = contextlib.ExitStack()
-
-    def __enter__(self) -> _Held:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-
-
-def _decide(name: str, options: argparse.Namespace, held: _Held) -> _Decision:
+def _decide(name: str, options: argparse.Namespace, held: contextlib.ExitStack) -> _Decision:
     job = load_job(options.job, tuple(options.set))
     workspace = Workspace(options.runs.resolve())
     if name not in stages_of(job):
@@ -238,7 +225,7 @@ def _decide(name: str, options: argparse.Namespace, held: _Held) -> _Decision:
     inputs = planned.open_inputs()
     if not options.rebuild and planned.sealed_from(inputs):
         return _skip(planned, workspace)
-    held.stack.enter_context(art.lock(planned.folder))
+    held.enter_context(art.lock(planned.folder))
     if planned.folder.exists():
         if not options.rebuild and planned.sealed_from(inputs):  # sealed between the two looks
             return _skip(planned, workspace)

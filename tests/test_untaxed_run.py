@@ -156,6 +156,7 @@ def test_a_changed_gate_runs_eval_only(first: First, base_folder: Path) -> None:
     assert planned.returncode == 0, planned.stderr
     states = [line for line in planned.stdout.splitlines() if "to run" in line]
     assert len(states) == 1 and "eval" in states[0]
+    assert "trainable parameters: 1,152" in planned.stdout  # of the adopted base's own shapes
     done = workplace.run()
     workplace.write(tiny_job(base_folder))
     assert done.returncode == 0, done.stderr

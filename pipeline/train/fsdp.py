@@ -17,7 +17,7 @@ from pipeline.errors import RecipeError
 from pipeline.recipes import SftRecipe
 from pipeline.train.engine import trainable
 from pipeline.train.loss import SftModule
-from pipeline.train.replicated import ReplicatedEngine
+from pipeline.train.replicated import ReplicatedEngine, move_adapters
 from pipeline.train.world import device
 
 
@@ -52,8 +52,7 @@ class FsdpEngine(ReplicatedEngine):
                     part.set_gradient_divide_factor(1.0)
                     if place.type == "cpu":
                         part.set_force_sum_reduction_for_comms(True)
-        for parameter in replicated:
-            parameter.data = parameter.data.to(place)
+        move_adapters(module)
         self.module = module
         self._prepare(module, recipe)
 

@@ -24,6 +24,13 @@ from pipeline.train.world import device
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def move_adapters(module: nn.Module) -> None:
+    """Put what was added to the base on this rank's device."""
+    for part in module.modules():
+        if isinstance(part, LoraLinear):
+            part.adapter_to(device())
+
+
 class ReplicatedEngine:
     """Engines ``single`` and ``ddp``; fsdp builds on it."""
 
@@ -40,9 +47,7 @@ class ReplicatedEngine:
         """Move to the device and make the optimiser."""
         if recipe.quantization == "none":
             module.to(device())
-        for part in module.modules():  # a quantized base was put there when it was loaded
-            if isinstance(part, LoraLinear):
-                part.adapter_to(device())
+        move_adapters(module)  # a quantized base was put there when it was loaded
         self.module = module
         self._prepare(module, recipe)
 
