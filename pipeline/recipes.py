@@ -337,9 +337,15 @@ class EvalRecipe(Frozen):
 
 
 class Execution(Frozen):
-    """How fast, never what: left out of every key."""
+    """How fast, never what: left out of every key.
+
+    ``frozen_prefix``: run the layers below the first adapted one once, and keep their output on
+    disk up to ``prefix_cache_gb`` (what does not fit is computed again each time).
+    """
 
     activation_checkpointing: bool = False
+    frozen_prefix: bool = True
+    prefix_cache_gb: Annotated[Real, Field(ge=0)] = 50.0
     checkpoint_seconds: Annotated[Real, Field(gt=0)] = 300.0
 
 

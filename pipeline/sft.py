@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.data.packing import best_fit_decreasing
 from pipeline.errors import UntaxedError, one_line
 from pipeline.model import lora
 from pipeline.model.build import DTYPES, build_model, check_dtypes
+from pipeline.model.cut import cut_of
 from pipeline.recipes import SftRecipe
 from pipeline.stage import Context, arguments, main
 from pipeline.train import checkpoint
@@ -31,6 +32,7 @@ from pipeline.train.checkpoint import Position
 from pipeline.train.engine import Engine, GradientWatch, make_engine, trainable
 from pipeline.train.loop import Split, Trainer, write_history
 from pipeline.train.loss import SftModule
+from pipeline.train.prefix_states import PrefixStates
 from pipeline.train.reference import probe_isolation, reference
 from pipeline.train.world import init_world
 
@@ -42,8 +44,10 @@ def run(
     world = context.world
     torch.manual_seed(recipe.seed * 1000003 + world.rank)
     engine = make_engine(context.options.get("ds"), context.options.get("engine"), world.size)
+    train, dev = (Documents(inputs["pack"], name, recipe.anchors) for name in ("train", "dev"))
+    cut = _frozen_prefix(inputs["base"], recipe, (train, dev), context)
     with engine.loading(recipe):
-        model, adapted = build_model(inputs["base"], recipe, context.execution)
+        model, adapted = build_model(inputs["base"], recipe, context.execution, cut)
     module = SftModule(model)
     named = trainable(module)
     count = sum(_elements(p) for p in named.values())
@@ -53,17 +57,20 @@ def run(
     engine.wrap(module, recipe)
     check_dtypes(module, recipe)
     context.log(f"sft: {engine.name} x {world.size}, {count:,} trainable parameters")
-    train, dev, capacity = _splits(engine, recipe, inputs["pack"], context)
-    probe_isolation(engine, train.documents, DTYPES[recipe.precision])
-    lengths = dev.documents.lengths
+    probe_isolation(engine, train, DTYPES[recipe.precision])
+    capacity = int(inputs["pack"].manifest.recipe["pack"]["max_length"])
+    splits = [
+        Split(d, reference(engine, d, capacity, recipe.anchors.top_k, world.rank, world.size))
+        for d in (train, dev)
+    ]
     trainer = Trainer(
         engine=engine,
         recipe=recipe,
         context=context,
-        train=train,
-        dev=dev,
+        train=splits[0],
+        dev=splits[1],
         epochs=load_steps(inputs["pack"]),
-        dev_step=best_fit_decreasing(lengths, capacity) if lengths else [],
+        dev_step=best_fit_decreasing(dev.lengths, capacity),
         watch=watch,
         trainable=list(named),
         stop_requested=_on_sigterm(),
@@ -85,19 +92,21 @@ def _elements(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _splits(
-    engine: Engine, recipe: SftRecipe, pack: Artifact, context: Context
-) -> tuple[Split, Split, int]:
-    world = context.world
-    train = Documents(pack, "train", recipe.anchors)
-    dev = Documents(pack, "dev", recipe.anchors)
-    capacity = int(pack.manifest.recipe["pack"]["max_length"])
-    top_k = recipe.anchors.top_k
-    splits = [
-        Split(d, reference(engine, d, capacity, top_k, world.rank, world.size))
-        for d in (train, dev)
-    ]
-    return splits[0], splits[1], capacity
+def _frozen_prefix(
+    base: Artifact, recipe: SftRecipe, splits: Sequence[Documents], context: Context
+) -> int:
+    """Give the documents their states below the first adapted layer; returns that layer, or 0."""
+    from transformers import AutoConfig
+
+    if not context.execution.frozen_prefix:
+        return 0
+    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    cut, why = cut_of(config, recipe)
+    if not cut:
+        context.log(f"sft: the whole model runs in every step: {why}")
+        return 0
+    PrefixStates(base, recipe, cut, splits, context).fill()
+    return cut
 
 
 def _on_sigterm() -> Any:

@@ -31,6 +31,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_JOB = ROOT / "jobs" / "quickstart.yaml"
 STATUS_FILE = "UNTAXED_STATUS_FILE"
+CACHE = "UNTAXED_CACHE"
 
 
 class World(Protocol):
@@ -61,6 +62,7 @@ class Context:
     """What a stage gets beside recipe, inputs and output folder; nothing of it bears identity.
 
     ``scratch`` outlives a crash (checkpoints, finished rows) and is removed after sealing.
+    ``cache_at`` outlives the run: what can be made again and other runs may use.
     ``options`` holds the mechanism options of the command line (``ds``, ``engine``).
     """
 
@@ -68,8 +70,13 @@ class Context:
     execution: Execution = Execution()
     world: World = field(default_factory=Solo)
     options: dict[str, Any] = field(default_factory=dict)
+    cache_at: Path | None = None
     console: Console = field(default_factory=lambda: Console(stderr=True))
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    @property
+    def cache(self) -> Path:
+        return self.cache_at or self.scratch / "cache"
 
     def log(self, message: str) -> None:
         """Say something to the person watching, once, not once a rank."""
@@ -253,6 +260,7 @@ def _run(
         execution=planned.job.execution,
         world=world,
         options={"ds": getattr(options, "ds", None), "engine": getattr(options, "engine", None)},
+        cache_at=Path(os.environ.get(CACHE) or planned.folder.parent / "cache"),
     )
     tracker = Tracker(planned.job, planned.folder.parent) if world.rank == 0 else None
     started = time.monotonic()

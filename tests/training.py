@@ -17,7 +17,7 @@ from pipeline.recipes import Batch, ChatRecipe, PackRecipe
 from pipeline.stage import Context
 
 ROOT = Path(__file__).resolve().parents[1]
-LORA = {"rank": 2, "targets": "mlp"}
+LORA = {"rank": 2, "targets": "mlp", "layers": {"first": 1, "last": 5}}
 RECIPE: dict[str, Any] = {
     "lora": LORA,
     "optimizer": {"learning_rate": 0.02, "weight_decay": 0.01},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError, RecipeError, UntaxedError
+from pipeline.errors import RecipeError, UntaxedError
 from pipeline.model import lora
 from pipeline.model.attention import choose
 from pipeline.model.base import load_model
+from pipeline.model.cut import drop_prefix
+from pipeline.model.shards import open_checkpoint
 from pipeline.recipes import Execution, SftRecipe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_model(
-    base: Artifact, recipe: SftRecipe, execution: Execution
+    base: Artifact, recipe: SftRecipe, execution: Execution, cut: int = 0
 ) -> tuple[nn.Module, dict[str, lora.LoraLinear]]:
-    """The base with what is trained in it: adapters by name, or nothing for full fine-tuning.
+    """The base from layer ``cut`` on, with what is trained in it: adapters by name, or nothing for
+    full fine-tuning.
 
     Frozen weights have the recipe's precision; what is trained is fp32.
     """
@@ -35,7 +39,8 @@ def build_model(
     if recipe.lora is None:
         model.requires_grad_(True)
     else:
-        adapted = lora.inject(model, recipe.lora, recipe.seed, _reader(base.folder))
+        adapted = lora.inject(model, recipe.lora, recipe.seed, _weights_of(base.folder))
+    drop_prefix(model, cut)
     if execution.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers asks the embedding output for gradients, which would send backward through
@@ -76,17 +81,7 @@ def _nf4(compute: torch.dtype) -> Any:
     )
 
 
-def _reader(folder: Path) -> Any:
+def _weights_of(folder: Path) -> Callable[[str], Tensor]:
     """Reads one module's weight from the base's files, whatever the engine has sharded away."""
-
-    def weight_of(name: str) -> Tensor:
-        from safetensors import safe_open
-
-        for shard in sorted(folder.glob("*.safetensors")):
-            with safe_open(shard, framework="pt") as opened:
-                if f"{name}.weight" in opened.keys():  # noqa: SIM118  (not a dict)
-                    tensor: Tensor = opened.get_tensor(f"{name}.weight")
-                    return tensor
-        raise DataError(f"{folder}: no tensor {name}.weight in its safetensors files")
-
-    return weight_of
+    checkpoint = open_checkpoint(folder)
+    return lambda name: checkpoint.read(f"{name}.weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ class MicroBatch:
     """One pack of T tokens with N predicted positions.
 
     ids, positions: int64 [1, T]; positions restart at each document, which is what isolates them.
+    states: [1, T, hidden size], the output of the frozen prefix, or None where there is no cut.
     predict: int64 [N], where the next token is trained. labels: int64 [N]. weights: float32 [N],
     of the cross-entropy (0 where KL is the objective, and in a filler). reference: int64 [N], row
     of the base's log-probabilities, or -1. starts: int64 [D + 1] on the CPU, where each document
@@ -38,10 +39,11 @@ class MicroBatch:
     weights: Tensor
     reference: Tensor
     starts: Tensor
+    states: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {f: getattr(self, f).to(device) for f in self.__dataclass_fields__ if f != "starts"}
-        return replace(self, **moved)
+        given = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "starts"}
+        return replace(self, **{f: t.to(device) for f, t in given.items() if t is not None})
 
 
 class Documents:
@@ -66,9 +68,14 @@ class Documents:
             self.reference_start[d] = rows
             rows += int(self.trained[self._span(d)].sum())
         self.reference_rows = rows
+        self.states: Callable[[int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    def tokens_of(self, d: int) -> Tensor:
+        """Token ids of one document, int64 [T]."""
+        return torch.from_numpy(self.ids[self._span(d)])
 
     def _span(self, d: int) -> slice:
         return slice(int(self.starts[d]), int(self.starts[d + 1]))
@@ -107,8 +114,11 @@ class Documents:
             offset += len(tokens)
         flat = [np.concatenate(a) for a in (ids, positions, predict, labels, weights, reference)]
         flat.append(np.cumsum([0, *(len(a) for a in ids)]))
-        tensors = [torch.from_numpy(a) for a in flat]
-        return MicroBatch(tensors[0][None], tensors[1][None], *tensors[2:])
+        row, places, *others = (torch.from_numpy(a) for a in flat)
+        batch = MicroBatch(row[None], places[None], *others)
+        if self.states:
+            batch.states = torch.cat([self.states(d) for d in pack])[None]
+        return batch
 
     def _filler(self) -> MicroBatch:
         """A few real tokens that weigh nothing, so that every rank does equal collectives."""
@@ -116,7 +126,9 @@ class Documents:
         zero = torch.zeros(1, dtype=torch.int64)
         positions = torch.arange(ids.shape[1])[None]
         starts = torch.tensor([0, ids.shape[1]])
-        return MicroBatch(ids, positions, zero, ids[0, 1:2], torch.zeros(1), zero - 1, starts)
+        states = self.states(0)[None, : ids.shape[1]] if self.states else None
+        labels = ids[0, 1:2]
+        return MicroBatch(ids, positions, zero, labels, torch.zeros(1), zero - 1, starts, states)
 
 
 def load_steps(artifact: Artifact) -> list[list[Step]]:

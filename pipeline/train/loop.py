@@ -19,7 +19,7 @@ from pipeline.train import checkpoint
 from pipeline.train.batches import Documents
 from pipeline.train.checkpoint import Position
 from pipeline.train.engine import Engine, GradientWatch
-from pipeline.train.loss import Reference
+from pipeline.train.loss import Reference, Scales
 from pipeline.train.progress import StepProgress
 from pipeline.train.schedule import learning_rate
 from pipeline.train.world import device, sum_over_ranks
@@ -89,18 +89,16 @@ class Trainer:
         documents = self.train.documents
         world = self.context.world
         targets, kl_targets = documents.targets([d for pack in step for d in pack])
-        kl_weight = self.recipe.anchors.weight
-        sums = [0.0, 0.0]
+        scales = Scales(1.0 / max(1, targets), self.recipe.anchors.weight / max(1, kl_targets))
+        sums = torch.zeros(2, dtype=torch.float64)
         for pack in assign(step, documents.lengths, world.size)[world.rank]:
             batch = documents.micro_batch(pack).to(device())
-            cross_entropy, kl = self.engine.forward(batch, self.train.reference)
-            loss = cross_entropy / max(1, targets) + kl_weight * kl / max(1, kl_targets)
+            loss, cross_entropy, kl = self.engine.forward(batch, self.train.reference, scales)
             self._require_finite(loss, index, pack)
             self.engine.backward(loss)
-            sums[0] += float(cross_entropy.detach())
-            sums[1] += float(kl.detach())
+            sums += torch.stack([cross_entropy.detach(), kl.detach()]).cpu()
         bad = not (self.watch.all_finite() and self.engine.gradient_finite())
-        ce_sum, kl_sum, bad_ranks = sum_over_ranks([*sums, float(bad)])
+        ce_sum, kl_sum, bad_ranks = sum_over_ranks([*sums.tolist(), float(bad)])
         if bad_ranks:
             raise UntaxedError(
                 f"sft: step {index + 1}: a gradient is not finite (documents"
@@ -113,7 +111,7 @@ class Trainer:
         if index + 1 == MUST_MOVE_WITHIN:
             self._require_moving()
         record = {
-            "loss": ce_sum / max(1, targets) + kl_weight * kl_sum / max(1, kl_targets),
+            "loss": scales.cross_entropy * ce_sum + scales.kl * kl_sum,
             "learning_rate": rate,
             "grad_norm": norm,
         }
@@ -149,16 +147,15 @@ class Trainer:
         record: dict[str, float] = {"step": step}
         if not self.dev_step:
             return record
-        sums = [0.0, 0.0]
+        sums = torch.zeros(2, dtype=torch.float64)
         set_dropout(self.engine.module, on=False)
         for pack in assign(self.dev_step, documents.lengths, world.size)[world.rank]:
             batch = documents.micro_batch(pack).to(device())
-            cross_entropy, kl = self.engine.forward(batch, self.dev.reference)
-            sums[0] += float(cross_entropy)
-            sums[1] += float(kl)
+            _, cross_entropy, kl = self.engine.forward(batch, self.dev.reference)
+            sums += torch.stack([cross_entropy, kl]).cpu()
         set_dropout(self.engine.module, on=True)
         targets, kl_targets = documents.targets([d for pack in self.dev_step for d in pack])
-        ce_sum, kl_sum = sum_over_ranks(sums)
+        ce_sum, kl_sum = sum_over_ranks(sums.tolist())
         if targets:
             record["dev_loss"] = ce_sum / targets
         if kl_targets:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.model.geometry import ARCHITECTURES
 from pipeline.train.batches import MicroBatch
+from pipeline.train.head import ChunkedHead, WithGradient
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -22,46 +28,106 @@ class Reference:
     log_probs: Tensor
 
 
+class Scales(NamedTuple):
+    """Factors of the summed cross-entropy and of the summed KL in the loss of a step."""
+
+    cross_entropy: float = 1.0
+    kl: float = 1.0
+
+
+NO_SCALES = Scales()
+
+
 class SftModule(nn.Module):
     """A causal language model that returns losses, so that engines wrap the whole step.
 
-    Only rows that predict a trained token are multiplied by the output head.
+    Only rows that predict a trained token are multiplied by the output head. In the architectures
+    that are known here a frozen head works in chunks; any other model gives all logits at once.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
+        known = model.config.model_type in ARCHITECTURES
+        self.chunked = known and not model.lm_head.weight.requires_grad
+        if self.chunked:
+            model.lm_head = ChunkedHead(model.lm_head)
         self.model = model
 
-    def logits(self, batch: MicroBatch) -> Tensor:
-        """float32 [N, V] at the predicted positions."""
-        output = self.model(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
-            document_starts=batch.starts,
-            use_cache=False,
-            logits_to_keep=batch.predict,
-        )
-        logits: Tensor = output.logits[0]
-        return logits.float()
-
     def forward(
-        self, batch: MicroBatch, reference: Reference | None = None, mode: str = "loss"
-    ) -> tuple[Tensor, Tensor]:
-        """``loss``: summed (cross-entropy, KL) in nats. ``top_k``: the Reference of this batch, of
-        the ``k`` of an empty ``reference``. ``logits``: the logits, twice."""
-        logits = self.logits(batch)
-        if mode == "logits":
-            return logits, logits
-        if mode == "top_k":
+        self,
+        batch: MicroBatch,
+        reference: Reference | None = None,
+        scales: Scales = NO_SCALES,
+        want: str = "losses",
+    ) -> tuple[Tensor, ...]:
+        """``losses``: scaled total (differentiable), and the sums of cross-entropy and of KL in nats.
+        ``top_k``: ids and log-probabilities [N, k], of the ``k`` of an empty ``reference``.
+        ``logits``: float32 [N, V]."""
+        rows = self._decode(batch)
+        if want == "logits":
+            return (torch.cat(self._with_logits(rows, lambda logits, _: logits)),)
+        if want == "top_k":
             assert reference is not None
-            top = functional.log_softmax(logits, dim=-1).topk(reference.ids.shape[1], dim=-1)
-            return top.indices, top.values
-        log_p = functional.log_softmax(logits, dim=-1)
-        nll = -log_p.gather(1, batch.labels[:, None])[:, 0]
-        cross_entropy = (nll * batch.weights).sum()
-        if reference is None:
-            return cross_entropy, 0.0 * cross_entropy
-        return cross_entropy, _kl(log_p, batch.reference, reference)
+            k = reference.ids.shape[1]
+            tops = self._with_logits(rows, lambda logits, _: logits.log_softmax(-1).topk(k))
+            return torch.cat([t.indices for t in tops]), torch.cat([t.values for t in tops])
+        if not self.chunked:
+            return row_losses(rows, batch, slice(0, len(rows)), reference, scales)
+
+        def work(weight: Tensor, hidden: Tensor, some: slice) -> tuple[Tensor, Tensor]:
+            logits = functional.linear(hidden, weight).float().requires_grad_()
+            with torch.enable_grad():
+                losses = row_losses(logits, batch, some, reference, scales)
+            (by_logit,) = torch.autograd.grad(losses[0], logits)
+            return torch.stack(losses).detach(), by_logit.to(hidden.dtype) @ weight
+
+        pieces = self.model.lm_head(rows.detach(), work)
+        total, cross_entropy, kl = torch.stack([sums for sums, _ in pieces]).sum(0)
+        gradient = torch.cat([gradient for _, gradient in pieces])
+        loss: Tensor = WithGradient.apply(rows, total, gradient)  # type: ignore[no-untyped-call]
+        return loss, cross_entropy, kl
+
+    def _with_logits(self, rows: Tensor, work: Callable[[Tensor, slice], T]) -> list[T]:
+        """``work(logits, rows)``, chunk by chunk where the head is chunked."""
+        if not self.chunked:
+            return [work(rows, slice(0, len(rows)))]
+        done: list[T] = self.model.lm_head(
+            rows, lambda weight, some, at: work(functional.linear(some, weight).float(), at)
+        )
+        return done
+
+    def _decode(self, batch: MicroBatch) -> Tensor:
+        """What predicts, [N, hidden size], where the head is chunked; else logits, float32 [N, V]."""
+        options: dict[str, Any] = {"position_ids": batch.positions, "use_cache": False}
+        options["document_starts"] = batch.starts
+        if batch.states is None:
+            options["input_ids"] = batch.ids
+        else:
+            options["inputs_embeds"] = batch.states
+        if self.chunked:
+            output = self.model.model(**options)
+            rows: Tensor = output.last_hidden_state[0, batch.predict]
+            return rows
+        output = self.model(**options, logits_to_keep=batch.predict)
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+
+def row_losses(
+    logits: Tensor,
+    batch: MicroBatch,
+    rows: slice,
+    reference: Reference | None,
+    scales: Scales,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scaled total, cross-entropy, KL), summed over ``rows`` of ``batch`` with these ``logits``."""
+    log_p = functional.log_softmax(logits, dim=-1)
+    nll = -log_p.gather(1, batch.labels[rows, None])[:, 0]
+    cross_entropy = (nll * batch.weights[rows]).sum()
+    kl = cross_entropy.new_zeros(())
+    if reference is not None:
+        kl = _kl(log_p, batch.reference[rows], reference)
+    return scales.cross_entropy * cross_entropy + scales.kl * kl, cross_entropy, kl
 
 
 def _kl(log_p: Tensor, rows: Tensor, reference: Reference) -> Tensor:

@@ -34,7 +34,7 @@ def reference(
     mine: list[tuple[Tensor, Tensor, Tensor]] = []
     for pack in assign(step, lengths, world_size)[rank]:
         batch = documents.micro_batch(pack)
-        ids, log_probs = engine.forward(batch.to(device()), want, mode="top_k")
+        ids, log_probs = engine.forward(batch.to(device()), want, want="top_k")
         if pack:
             mine.append((batch.reference, ids.cpu().to(torch.int32), log_probs.float().cpu()))
     table_ids = torch.zeros(documents.reference_rows, top_k, dtype=torch.int64)
@@ -53,11 +53,10 @@ def probe_isolation(engine: Engine, documents: Documents, dtype: torch.dtype) ->
     Raises UntaxedError when documents of one pack see each other on this backend.
     """
     order = sorted(range(len(documents)), key=lambda d: documents.lengths[d])[:3]
-    packed, _ = engine.forward(documents.micro_batch(order).to(device()), None, mode="logits")
-    alone = [
-        engine.forward(documents.micro_batch([d]).to(device()), None, mode="logits")[0]
-        for d in order
-    ]
+    packed, *alone = (
+        engine.forward(documents.micro_batch(pack).to(device()), want="logits")[0]
+        for pack in (order, *([d] for d in order))
+    )
     expected = torch.cat(alone)
     difference = float((packed - expected).abs().max() / expected.abs().max())
     if not difference <= PROBE_TOLERANCE[dtype]:

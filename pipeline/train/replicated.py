@@ -58,9 +58,9 @@ class ReplicatedEngine:
         full = recipe.lora is None and recipe.precision == "bf16"
         self.autocast = full and self.name != "fsdp"
 
-    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         with torch.autocast(device().type, torch.bfloat16, enabled=self.autocast):
-            result: tuple[Tensor, Tensor] = self.module(*args, **options)
+            result: tuple[Tensor, ...] = self.module(*args, **options)
         return result
 
     def backward(self, loss: Tensor) -> None:

@@ -140,8 +140,8 @@ class ZeroEngine:
         inner: torch.optim.Optimizer = self.optimizer.optimizer
         return inner
 
-    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.engine(*args, **options)
+    def forward(self, *args: Any, **options: Any) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = self.engine(*args, **options)
         return result
 
     def backward(self, loss: Tensor) -> None:

@@ -1,0 +1,109 @@
+"""Hidden states below the first adapted layer, by document, in one memory-mapped file.
+
+The folder's name is a hash of all that decides a bit of them: base, cut, precision, tokens, kernel,
+threads and processor. So jobs that agree on these share the file, and a lost one is made again
+with the same bits. A document counts as stored once its checksum is written after its states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.artifact import canonical
+
+STATES, CHECKSUMS, IDENTITY = "hidden.bin", "checksums.bin", "identity.json"
+WRITTEN = 1 << 32  # added to a CRC-32, so that zero says "not stored"
+
+
+class PrefixCache:
+    """States [T, width] of each document that fits into ``budget_bytes``, in document order."""
+
+    def __init__(
+        self,
+        root: Path,
+        identity: Mapping[str, Any],
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        budget_bytes: int,
+    ) -> None:
+        starts = np.cumsum([0, *lengths], dtype=np.int64)
+        row_bytes = width * dtype.itemsize
+        self.kept = int(np.searchsorted(starts, budget_bytes // row_bytes, side="right")) - 1
+        self.starts, self.width, self.dtype = starts[: self.kept + 1], width, dtype
+        shape = {"kept": self.kept, "tokens": int(self.starts[-1]), "width": width}
+        everything = {**identity, **shape, "dtype": str(dtype)}
+        key = hashlib.sha256(canonical(everything).encode()).hexdigest()[:16]
+        self.folder = root / f"prefix-{key}"
+        self.bytes = int(self.starts[-1]) * row_bytes
+        self._make_room(root, budget_bytes)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.states = torch.from_numpy(_mapped(self.folder / STATES, self.bytes, np.uint8))
+        self.checksums = _mapped(self.folder / CHECKSUMS, self.kept * 8, np.uint64)
+        # for people; nothing reads it, and all processes write the same
+        (self.folder / IDENTITY).write_text(json.dumps(everything, indent=1) + "\n")
+        os.utime(self.folder)
+        self.known: set[int] = set()
+
+    def _make_room(self, root: Path, budget_bytes: int) -> None:
+        """Remove the caches that were used longest ago; who still reads one keeps its memory."""
+        others = [f for f in root.glob("prefix-*") if f != self.folder]
+        others.sort(key=lambda folder: folder.stat().st_mtime)
+        total = self.bytes + sum(_size(folder) for folder in others)
+        for folder in others:
+            if total <= budget_bytes:
+                return
+            total -= _size(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def missing(self) -> list[int]:
+        """Documents that have a place but no valid states; each is looked at once."""
+        unknown = [d for d in range(self.kept) if d not in self.known]
+        written = [d for d in unknown if self.checksums[d]]
+        self.known |= {d for d in written if self.checksums[d] == self._checksum(d)}
+        return [d for d in unknown if d not in self.known]
+
+    def write(self, document: int, states: Tensor) -> None:
+        """Store ``states`` [T, width] on the CPU, then their checksum."""
+        self._rows(document).copy_(states)
+        self.checksums[document] = self._checksum(document)
+        self.known.add(document)
+
+    def read(self, document: int) -> Tensor | None:
+        """The states [T, width] of a stored document, as a view of the file; else None."""
+        return self._rows(document) if document in self.known else None
+
+    def _rows(self, document: int) -> Tensor:
+        size = self.width * self.dtype.itemsize
+        first, stop = int(self.starts[document]) * size, int(self.starts[document + 1]) * size
+        return self.states[first:stop].view(self.dtype).view(-1, self.width)
+
+    def _checksum(self, document: int) -> int:
+        return WRITTEN + zlib.crc32(self._rows(document).view(torch.uint8).numpy().data)
+
+
+def _mapped(path: Path, size: int, dtype: Any) -> Any:
+    """``size`` bytes of ``path`` in memory, shared with other processes; zeros where it is new.
+
+    The blocks are reserved first: a write into a mapped file on a full disk kills the process.
+    """
+    if size == 0:
+        return np.zeros(0, dtype=dtype)
+    with path.open("a+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, size)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=(size // np.dtype(dtype).itemsize,))
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

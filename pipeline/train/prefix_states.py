@@ -1,0 +1,149 @@
+"""The frozen prefix of one run: its states by document, stored before the first step or made anew."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import socket
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.artifact import Artifact
+from pipeline.model.prefix import Prefix
+from pipeline.recipes import SftRecipe
+from pipeline.train.batches import Documents
+from pipeline.train.prefix_cache import PrefixCache
+from pipeline.train.world import device, gather_objects
+
+if TYPE_CHECKING:
+    from pipeline.stage import Context
+
+LINE_SECONDS = 15.0
+
+
+class PrefixStates:
+    """States [T, hidden size] at the cut, of the documents of several splits.
+
+    Every process of a machine computes its share and reads what the others stored. What does not
+    fit ``execution.prefix_cache_gb`` is computed each time it is needed, to the same bits.
+    """
+
+    def __init__(
+        self,
+        base: Artifact,
+        recipe: SftRecipe,
+        cut: int,
+        splits: Sequence[Documents],
+        context: Context,
+    ) -> None:
+        self.prefix: Prefix | None = Prefix(base.folder, recipe, cut, device())
+        self.ids = [d.tokens_of(i) for d in splits for i in range(len(d))]
+        self.first = np.cumsum([0, *(len(d) for d in splits)])
+        identity = _identity(base, recipe, self.prefix, self.ids)
+        budget = int(context.execution.prefix_cache_gb * 1e9)
+        lengths = [len(ids) for ids in self.ids]
+        width, dtype = self.prefix.width, self.prefix.dtype
+        self.cache = PrefixCache(context.cache, identity, lengths, width, dtype, budget)
+        self.context = context
+        for split, documents in enumerate(splits):
+            documents.states = self._reader(split)
+
+    def _reader(self, split: int) -> Any:
+        first = int(self.first[split])
+        return lambda document: self._of(first + document)
+
+    def _of(self, document: int) -> Tensor:
+        stored = self.cache.read(document)
+        if stored is not None:
+            return stored
+        assert self.prefix is not None
+        return self.prefix.run([self.ids[document]])[0]
+
+    def fill(self) -> None:
+        """Store what is missing; afterwards the prefix leaves memory unless some did not fit."""
+        assert self.prefix is not None
+        context, cache = self.context, self.cache
+        missing = cache.missing()
+        mine = _share(missing)
+        tokens, total, started, said = 0, sum(len(self.ids[d]) for d in mine), time.monotonic(), 0.0
+        for chunk in _chunks(mine, self.ids, self.prefix.chunk_tokens):
+            states = self.prefix.run([self.ids[d] for d in chunk])
+            for document, rows in zip(chunk, states, strict=True):
+                cache.write(document, rows)
+            tokens += sum(len(self.ids[d]) for d in chunk)
+            now = time.monotonic()
+            if now - said >= LINE_SECONDS or tokens == total:
+                said, speed = now, tokens / (now - started)
+                context.log(
+                    f"sft: frozen prefix {tokens:,}/{total:,} tokens  {speed:.0f} tok/s"
+                    f"  {(total - tokens) / speed:.0f} s left"
+                )
+        context.world.barrier()
+        for document in cache.missing():  # stored by the others; nothing is left to do otherwise
+            cache.write(document, self.prefix.run([self.ids[document]])[0])
+        unkept = len(self.ids) - cache.kept
+        context.log(
+            f"sft: layers below {self.prefix.cut} are frozen; {cache.kept} of {len(self.ids)}"
+            f" documents read their output from {cache.bytes / 1e6:.0f} MB"
+            + (f", {unkept} do not fit execution.prefix_cache_gb" if unkept else "")
+        )
+        if not unkept:
+            self.prefix = None
+
+
+def _share(documents: Sequence[int]) -> list[int]:
+    """This process's part of ``documents``; processes of other machines have files of their own."""
+    hosts = gather_objects((socket.gethostname(), _rank()))
+    here = [rank for host, rank in hosts if host == socket.gethostname()]
+    return list(documents[here.index(_rank()) :: len(here)])
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _chunks(documents: Sequence[int], ids: Sequence[Tensor], tokens: int) -> list[list[int]]:
+    """``documents`` in order, about ``tokens`` tokens at a time."""
+    chunks: list[list[int]] = []
+    room = 0
+    for document in documents:
+        if room <= 0:
+            chunks.append([])
+            room = tokens
+        chunks[-1].append(document)
+        room -= len(ids[document])
+    return chunks
+
+
+def _identity(
+    base: Artifact, recipe: SftRecipe, prefix: Prefix, ids: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Everything that decides a bit of the states."""
+    import transformers
+
+    tokens = hashlib.sha256()
+    for document in ids:
+        tokens.update(len(document).to_bytes(8, "little"))
+        tokens.update(document.numpy().tobytes())
+    place = device()
+    on_gpu = place.type == "cuda"
+    return {
+        "base": base.digest,
+        "cut": prefix.cut,
+        "tokens": tokens.hexdigest(),
+        "quantization": recipe.quantization,
+        "attention": prefix.decoder.config._attn_implementation,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": torch.cuda.get_device_name(place) if on_gpu else _cpu_name(),
+        "threads": 0 if on_gpu else torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
