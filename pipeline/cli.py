@@ -14,8 +14,9 @@ from rich.table import Table
 from pipeline import artifact as art
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
+from pipeline.jobfile import load_job
 from pipeline.launching import ENGINES, engine_of, launch_stage
-from pipeline.recipes import Geometry, Job, load_job
+from pipeline.recipes import Geometry, Job
 from pipeline.stage import DEFAULT_JOB, Parser
 from pipeline.summary import print_summary, write_summary
 from pipeline.tracking import Tracker

@@ -96,11 +96,11 @@ STAGES: dict[str, Stage] = {
         Stage("anchor", 1, _anchor, lambda j: ("base", "prep")),
         Stage(
             "pack",
-            1,
+            2,
             lambda j: PackStep(pack=j.pack, chat=j.chat, batch=j.sft.batch, epochs=j.sft.epochs),
             lambda j: ("base", _conversations(j)),
         ),
-        Stage("sft", 1, lambda j: j.sft, lambda j: ("base", "pack")),
+        Stage("sft", 2, lambda j: j.sft, lambda j: ("base", "pack")),
         Stage("merge", 1, lambda j: j.merge, lambda j: ("base", "sft")),
         Stage("baseline", 1, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
         Stage(

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.artifact import Artifact, write_atomic
 from pipeline.data.chat import Chat, check_generation_prompt
-from pipeline.data.packing import epoch_steps
+from pipeline.data.packing import epoch_steps, imbalance
 from pipeline.errors import DataError
 from pipeline.graph import PackStep
 from pipeline.model.base import load_tokenizer
@@ -24,6 +24,7 @@ from pipeline.stage import Context, main
 
 KINDS = {"refusal": 0, "answer": 1, "anchor": 2}
 SHEET_ROWS = 24
+RANKS = (2, 8)
 
 
 def run(
@@ -42,7 +43,7 @@ def run(
     lengths = [len(d["ids"]) for d in train]
     strata = _strata(train)
     epochs = [
-        epoch_steps(lengths, strata, recipe.batch, recipe.pack.max_length, recipe.pack.seed, epoch)
+        epoch_steps(lengths, strata, recipe.batch, recipe.pack.seed, epoch)
         for epoch in range(recipe.epochs)
     ]
     _write_tokens(out / "tokens.safetensors", train, dev)
@@ -50,11 +51,14 @@ def run(
     documents = {"train": [d["id"] for d in train], "dev": [d["id"] for d in dev]}
     write_atomic(out / "documents.json", json.dumps(documents | {"dropped": dropped + dev_dropped}))
     write_atomic(out / "trained.txt", sheet(train, chat))
-    packs = [pack for steps in epochs for step in steps for pack in step]
+    imbalances = {
+        ranks: imbalance(epochs[0], lengths, recipe.pack.max_length, ranks) for ranks in RANKS
+    }
     trained = sum(sum(d["trained"]) for d in train)
     context.log(
         f"pack: {len(train)} documents, {sum(lengths)} tokens ({trained} trained),"
-        f" {len(epochs[0])} steps an epoch, {len(dropped)} over-long dropped"
+        f" {len(epochs[0])} steps an epoch, {len(dropped)} over-long dropped; ranks would wait"
+        f" {', '.join(f'{v:.1%} of the time on {r}' for r, v in imbalances.items())}"
     )
     return {
         "documents": len(train),
@@ -63,9 +67,8 @@ def run(
         "trained_tokens": trained,
         "dropped_over_long": len(dropped) + len(dev_dropped),
         "steps_per_epoch": len(epochs[0]),
-        "packs": len(packs),
         "longest": max(lengths),
-        "documents_per_pack": round(sum(map(len, packs)) / len(packs), 3),
+        **{f"imbalance_{ranks}_ranks": round(value, 4) for ranks, value in imbalances.items()},
     }
 
 

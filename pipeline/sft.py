@@ -12,14 +12,13 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.artifact import Artifact
-from pipeline.data.packing import best_fit_decreasing
 from pipeline.errors import UntaxedError, one_line
 from pipeline.model import lora
 from pipeline.model.build import DTYPES, build_model, check_dtypes
@@ -44,10 +43,14 @@ def run(
     world = context.world
     torch.manual_seed(recipe.seed * 1000003 + world.rank)
     engine = make_engine(context.options.get("ds"), context.options.get("engine"), world.size)
-    train, dev = (Documents(inputs["pack"], name, recipe.anchors) for name in ("train", "dev"))
-    cut = _frozen_prefix(inputs["base"], recipe, (train, dev), context)
+    cut, why = _cut(inputs["base"], recipe, context)
     with engine.loading(recipe):
         model, adapted = build_model(inputs["base"], recipe, context.execution, cut)
+    train, dev = (Documents(inputs["pack"], name, recipe.anchors) for name in ("train", "dev"))
+    if cut:
+        PrefixStates(inputs["base"], recipe, cut, (train, dev), context).fill()
+    else:
+        context.log(f"sft: the whole model runs in every step: {why}")
     module = SftModule(model)
     named = trainable(module)
     count = sum(_elements(p) for p in named.values())
@@ -70,7 +73,7 @@ def run(
         train=splits[0],
         dev=splits[1],
         epochs=load_steps(inputs["pack"]),
-        dev_step=best_fit_decreasing(dev.lengths, capacity),
+        capacity=capacity,
         watch=watch,
         trainable=list(named),
         stop_requested=_on_sigterm(),
@@ -92,21 +95,14 @@ def _elements(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _frozen_prefix(
-    base: Artifact, recipe: SftRecipe, splits: Sequence[Documents], context: Context
-) -> int:
-    """Give the documents their states below the first adapted layer; returns that layer, or 0."""
+def _cut(base: Artifact, recipe: SftRecipe, context: Context) -> tuple[int, str]:
+    """The first layer that runs in every step; if it is 0, why."""
     from transformers import AutoConfig
 
     if not context.execution.frozen_prefix:
-        return 0
+        return 0, "execution.frozen_prefix is false"
     config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-    cut, why = cut_of(config, recipe)
-    if not cut:
-        context.log(f"sft: the whole model runs in every step: {why}")
-        return 0
-    PrefixStates(base, recipe, cut, splits, context).fill()
-    return cut
+    return cut_of(config, recipe)
 
 
 def _on_sigterm() -> Any:

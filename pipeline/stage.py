@@ -24,7 +24,8 @@ from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import RecipeError, Stopped, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
-from pipeline.recipes import Execution, load_job
+from pipeline.jobfile import load_job
+from pipeline.recipes import Execution
 from pipeline.tracking import Tracker
 
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from parts import make_model, make_tokenizer, sample_rows
 from pipeline.artifact import MANIFEST
 from pipeline.data.rows import spread
 from pipeline.graph import Workspace, plan_job
-from pipeline.recipes import apply_set, load_job
+from pipeline.jobfile import apply_set, load_job
 from pipeline.stage import Run, main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from parts import ROOT, sample_rows
 
 from pipeline.evals.gate import evaluate
 from pipeline.evals.score import compare, measure, tally
-from pipeline.recipes import load_job
+from pipeline.jobfile import load_job
 
 JOB = load_job(ROOT / "jobs" / "quickstart.yaml")
 REFUSAL = "I won't help with that, because it could hurt people."

@@ -24,8 +24,9 @@ from pipeline.eval import build_report, load_changed
 from pipeline.evals.gate import evaluate
 from pipeline.evals.score import compare, measure, read_items, read_lines, tally
 from pipeline.graph import Planned, Workspace, plan_job
+from pipeline.jobfile import load_job
 from pipeline.model.base import load_tokenizer
-from pipeline.recipes import METRICS, ChatRecipe, load_job
+from pipeline.recipes import METRICS, ChatRecipe
 from pipeline.stage import Context
 
 STAGES = {

@@ -28,11 +28,21 @@ TEXTS = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".yaml", ".json", ".jsonl", ".sh", ".jinja", ".md"}
 )
-NO_TORCH = {"recipes", "artifact", "graph", "stage", "cli", "errors", "launching", "summary"}
+NO_TORCH = {
+    "recipes",
+    "jobfile",
+    "artifact",
+    "graph",
+    "stage",
+    "cli",
+    "errors",
+    "launching",
+    "summary",
+}
 HEAVY = {"torch", "transformers", "deepspeed", "mlflow", "datasets", "peft", "matplotlib"}
 FUNCTION_LINES = 80
 FILE_LINES = 350
-LONGER = {"recipes.py": 500}  # one page of knobs
+LONGER = {"recipes.py": 450}  # one page of knobs
 
 # What each part may import from the package besides itself. A part is a file at the top or a folder.
 PARTS = {"recipes", "artifact", "errors"}
@@ -42,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "recipes": {"errors"},
+    "jobfile": {"errors", "recipes"},
     "artifact": {"errors", "__init__"},
     "data": PARTS,
     "model": PARTS,
@@ -51,11 +62,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spool": PARTS | {"graph"},
     "registry": PARTS | {"spool"},
     "tracking": PARTS | {"graph", "spool", "registry"},
-    "stage": PARTS | {"graph", "tracking"},
+    "stage": PARTS | {"jobfile", "graph", "tracking"},
     **dict.fromkeys(STAGES, PARTS | MADE_OF | SHELL),
     "launching": PARTS | SHELL,
     "summary": PARTS | SHELL | {"evals"},
-    "cli": PARTS | SHELL | {"launching", "summary", "model"},
+    "cli": PARTS | SHELL | {"jobfile", "launching", "summary", "model"},
 }
 # Names of types alone, never imported when the program runs.
 MAY_NAME: dict[str, set[str]] = {

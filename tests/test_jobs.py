@@ -13,8 +13,9 @@ import yaml
 
 from pipeline.data.chat import Chat
 from pipeline.graph import Workspace, plan_job, stages_of
+from pipeline.jobfile import load_job
 from pipeline.model.geometry import plan_facts
-from pipeline.recipes import METRICS, Job, load_job
+from pipeline.recipes import METRICS, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("UNTAXED_DATA", "."))

@@ -17,7 +17,7 @@ import yaml
 
 from pipeline.errors import DataError, RecipeError, Stopped
 from pipeline.graph import STAGES, stages_of
-from pipeline.recipes import parse_job
+from pipeline.jobfile import parse_job
 from pipeline.stage import arguments
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -108,7 +108,7 @@ def test_tokens_and_masks_are_those_that_transformers_marks(
     assert made.arrays["train.trained"].dtype == np.uint8
 
 
-def test_steps_hold_every_document_once_an_epoch_and_no_pack_overflows(
+def test_steps_hold_every_document_once_an_epoch(
     tmp_path: Path, runs: Path, base: Artifact
 ) -> None:
     prep = seal_as(runs, "prep", conversations(12, anchors=6))
@@ -117,11 +117,9 @@ def test_steps_hold_every_document_once_an_epoch_and_no_pack_overflows(
     assert len(made.steps) == 3
     assert made.steps[0] != made.steps[1], "every epoch is shuffled anew"
     for steps in made.steps:
-        assert Counter(chain(*chain(*steps))) == Counter(range(18))
-        assert [sum(map(len, one)) for one in steps] == [5, 5, 5, 3]
-        assert all(sum(lengths[d] for d in p) <= 160 for one in steps for p in one)
-    packs = list(chain(*chain(*made.steps)))
-    assert made.facts["packs"] == len(packs) < 3 * 18, "some share a row, or nothing is shown"
+        assert Counter(chain(*steps)) == Counter(range(18))
+        assert list(map(len, steps)) == [5, 5, 5, 3]
+    assert 0 <= made.facts["imbalance_2_ranks"] < made.facts["imbalance_8_ranks"] < 1
     assert made.facts["tokens"] == sum(lengths)
     assert made.facts["trained_tokens"] == sum(sum(t) for _, t in made.documents())
     assert made.facts["steps_per_epoch"] == 4 and made.facts["longest"] == max(lengths)
@@ -141,7 +139,7 @@ def test_packed_rows_as_training_sees_them(tmp_path: Path, runs: Path, base: Art
     sealed = seal_as(runs, "pack", fill, recipe.model_dump(mode="json"))
     documents = Documents(sealed, "train", AnchorLoss())
     whole = Packed(sealed.folder, {}).documents()
-    for members in chain(*chain(*load_steps(sealed))):
+    for members in chain(*load_steps(sealed)):
         batch = documents.micro_batch(members)
         ids = [token for d in members for token in whole[d][0]]
         assert batch.ids.tolist() == [ids]

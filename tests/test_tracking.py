@@ -44,7 +44,7 @@ def test_a_job_is_one_run_with_a_nested_run_for_each_stage(play: Callable[..., P
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.data.tags["untaxed.key"] == planned.key
         assert run.data.tags["untaxed.digest"] == sealed.digest
-        assert run.data.tags["untaxed.version"] == "1"
+        assert run.data.tags["untaxed.version"] == str(planned.version)
         assert run.data.tags["untaxed.fact.engine"] == "single"
         assert run.data.metrics | {"rows": 7, "kinds.refusal": 3, "seconds": 1.5} == (
             run.data.metrics
@@ -185,7 +185,7 @@ import sys
 from pathlib import Path
 from pipeline import artifact as art
 from pipeline.graph import Workspace, plan_job
-from pipeline.recipes import load_job
+from pipeline.jobfile import load_job
 from pipeline.tracking import Tracker
 runs, job = Path(sys.argv[1]), load_job(Path(sys.argv[2]))
 planned = plan_job(job, Workspace(runs), adopt=False)["prep"]

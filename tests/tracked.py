@@ -20,7 +20,8 @@ from parts import ROOT
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.graph import Workspace, plan_job
-from pipeline.recipes import Job, parse_job
+from pipeline.jobfile import parse_job
+from pipeline.recipes import Job
 from pipeline.tracking import Tracker, store_uri
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

@@ -1,7 +1,7 @@
 """Which documents train together: the order, the steps, and packs without padding. Torch-free.
 
-A pack is several documents in one token row; a step is the packs of one optimiser update. Both are
-functions of (lengths, strata, batch, seed, epoch) alone, whatever the number of ranks.
+A step is the documents of one optimiser update, a function of (lengths, strata, batch, seed, epoch)
+alone. A pack is several of them in one token row; how they are shared among ranks changes no result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.recipes import Batch
 
 Pack = list[int]
-Step = list[Pack]
+Step = list[int]
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -51,52 +51,78 @@ def mixed_order(strata: Sequence[int], seed: int, epoch: int) -> list[int]:
 
 
 def epoch_steps(
-    lengths: Sequence[int],
-    strata: Sequence[int],
-    batch: Batch,
-    capacity: int,
-    seed: int,
-    epoch: int,
+    lengths: Sequence[int], strata: Sequence[int], batch: Batch, seed: int, epoch: int
 ) -> list[Step]:
-    """The steps of one epoch. Every document is in exactly one pack of one step.
+    """The steps of one epoch. Every document is in exactly one of them.
 
     ``batch.rows``: documents a step (the last one may be smaller); ``batch.tokens``: as many
     documents as fit, at least one.
     """
-    groups: list[list[int]] = [[]]
+    steps: list[Step] = [[]]
     tokens = 0
     for document in mixed_order(strata, seed, epoch):
         length = lengths[document]
         if batch.rows is not None:
-            full = len(groups[-1]) >= batch.rows
+            full = len(steps[-1]) >= batch.rows
         else:
             assert batch.tokens is not None
-            full = bool(groups[-1]) and tokens + length > batch.tokens
+            full = bool(steps[-1]) and tokens + length > batch.tokens
         if full:
-            groups.append([])
+            steps.append([])
             tokens = 0
-        groups[-1].append(document)
+        steps[-1].append(document)
         tokens += length
-    steps = []
-    for group in groups:
-        bins = best_fit_decreasing([lengths[d] for d in group], capacity)
-        steps.append([[group[i] for i in members] for members in bins])
     return steps
 
 
-def assign(step: Step, lengths: Sequence[int], ranks: int) -> list[list[Pack]]:
-    """Packs of each rank: equal in number (an empty pack fills a gap), balanced by cost.
-
-    Cost of a pack: its tokens (matrix products) plus its squared lengths over 4096 (attention).
-    """
-    per_rank = -(-len(step) // ranks)
-    cost = [sum(lengths[d] + lengths[d] ** 2 / 4096 for d in pack) for pack in step]
+def share(step: Step, lengths: Sequence[int], capacity: int, ranks: int) -> list[list[Pack]]:
+    """Packs of each rank, of at most ``capacity`` tokens: equal in number, and as few as hold the
+    documents; balanced by cost. An empty pack is a gap that training fills."""
+    bins = best_fit_decreasing([lengths[d] for d in step], capacity)
+    count = ranks * max(1, -(-len(bins) // ranks))
+    packs = _balanced(step, lengths, capacity, count)
+    if packs is None:
+        packs = [[step[i] for i in members] for members in bins]
+        packs += [[] for _ in range(count - len(packs))]
     shares: list[list[Pack]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
-    for index in sorted(range(len(step)), key=lambda i: (-cost[i], i)):
-        rank = min((r for r in range(ranks) if len(shares[r]) < per_rank), key=lambda r: load[r])
-        shares[rank].append(step[index])
-        load[rank] += cost[index]
-    for share in shares:
-        share.extend([] for _ in range(per_rank - len(share)))
+    for pack in sorted(packs, key=lambda pack: -sum(cost(lengths[d]) for d in pack)):
+        rank = min(
+            (r for r in range(ranks) if len(shares[r]) < count // ranks), key=load.__getitem__
+        )
+        shares[rank].append(pack)
+        load[rank] += sum(cost(lengths[d]) for d in pack)
     return shares
+
+
+def _balanced(step: Step, lengths: Sequence[int], capacity: int, count: int) -> list[Pack] | None:
+    """``count`` packs, costliest document first, each into the cheapest pack that has room; None
+    where that leaves a document without one."""
+    packs: list[Pack] = [[] for _ in range(count)]
+    room, load = [capacity] * count, [0.0] * count
+    for document in sorted(step, key=lambda d: (-lengths[d], d)):
+        length = lengths[document]
+        fitting = [p for p in range(count) if room[p] >= length]
+        if not fitting:
+            return None
+        pack = min(fitting, key=load.__getitem__)
+        packs[pack].append(document)
+        room[pack] -= length
+        load[pack] += cost(length)
+    return packs
+
+
+def cost(length: int) -> float:
+    """Of a document: its tokens (matrix products) and its squared length over 4096 (attention)."""
+    return length + length**2 / 4096
+
+
+def imbalance(steps: Sequence[Step], lengths: Sequence[int], capacity: int, ranks: int) -> float:
+    """Share of the time that ranks wait for the costliest of them, over all ``steps``."""
+    used = total = 0.0
+    for step in steps:
+        for turn in zip(*share(step, lengths, capacity, ranks), strict=True):
+            costs = [sum(cost(lengths[d]) for d in pack) for pack in turn]
+            used += sum(costs)
+            total += max(costs) * ranks
+    return 1.0 - used / total

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,6 +47,13 @@ class MicroBatch:
         return replace(self, **{f: t.to(device) for f, t in given.items() if t is not None})
 
 
+class States(Protocol):
+    """The output [T, hidden size] of the frozen prefix for each document."""
+
+    def of(self, document: int) -> Tensor: ...
+    def will_need(self, document: int) -> None: ...
+
+
 class Documents:
     """The documents of one split: tokens, trained mask, lengths, and what each is trained for."""
 
@@ -68,7 +76,7 @@ class Documents:
             self.reference_start[d] = rows
             rows += int(self.trained[self._span(d)].sum())
         self.reference_rows = rows
-        self.states: Callable[[int], Tensor] | None = None
+        self.states: States | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -89,6 +97,12 @@ class Documents:
     @property
     def _kl(self) -> dict[int, int]:
         return self.reference_start
+
+    def will_need(self, step: Step) -> None:
+        """Have what the documents of ``step`` need read from disk ahead of time."""
+        if self.states:
+            for document in step:
+                self.states.will_need(document)
 
     def micro_batch(self, pack: Pack) -> MicroBatch:
         """The tensors of ``pack``; of an empty pack, a filler whose weights are all zero."""
@@ -117,7 +131,7 @@ class Documents:
         row, places, *others = (torch.from_numpy(a) for a in flat)
         batch = MicroBatch(row[None], places[None], *others)
         if self.states:
-            batch.states = torch.cat([self.states(d) for d in pack])[None]
+            batch.states = torch.cat([self.states.of(d) for d in pack])[None]
         return batch
 
     def _filler(self) -> MicroBatch:
@@ -126,7 +140,7 @@ class Documents:
         zero = torch.zeros(1, dtype=torch.int64)
         positions = torch.arange(ids.shape[1])[None]
         starts = torch.tensor([0, ids.shape[1]])
-        states = self.states(0)[None, : ids.shape[1]] if self.states else None
+        states = self.states.of(0)[None, : ids.shape[1]] if self.states else None
         labels = ids[0, 1:2]
         return MicroBatch(ids, positions, zero, labels, torch.zeros(1), zero - 1, starts, states)
 

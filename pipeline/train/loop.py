@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pipeline.data.packing import Step, assign
+from pipeline.data.packing import Pack, Step, share
 from pipeline.errors import Stopped, UntaxedError
 from pipeline.recipes import SftRecipe
 from pipeline.train import checkpoint
@@ -48,7 +48,7 @@ class Trainer:
     train: Split
     dev: Split
     epochs: list[list[Step]]
-    dev_step: Step
+    capacity: int
     watch: GradientWatch
     trainable: list[str]
     stop_requested: Callable[[], bool]
@@ -65,12 +65,14 @@ class Trainer:
                     if first + index < position.step:
                         continue
                     started = time.monotonic()
+                    for following in epoch[index + 1 : index + 2]:
+                        self.train.documents.will_need(following)
                     record = self._step(step, position.step, steps)
                     record |= {
                         "step": position.step,
                         "epoch": number - 1 + (index + 1) / len(epoch),
                     }
-                    tokens = sum(self.train.documents.lengths[d] for pack in step for d in pack)
+                    tokens = sum(self.train.documents.lengths[d] for d in step)
                     record["tokens_per_second"] = tokens / (time.monotonic() - started)
                     position.step += 1
                     position.history.append(record)
@@ -87,11 +89,10 @@ class Trainer:
     def _step(self, step: Step, index: int, steps: int) -> dict[str, float]:
         """One optimiser step over all ranks; its losses are per target token of the step."""
         documents = self.train.documents
-        world = self.context.world
-        targets, kl_targets = documents.targets([d for pack in step for d in pack])
+        targets, kl_targets = documents.targets(step)
         scales = Scales(1.0 / max(1, targets), self.recipe.anchors.weight / max(1, kl_targets))
         sums = torch.zeros(2, dtype=torch.float64)
-        for pack in assign(step, documents.lengths, world.size)[world.rank]:
+        for pack in self._packs(self.train, step):
             batch = documents.micro_batch(pack).to(device())
             loss, cross_entropy, kl = self.engine.forward(batch, self.train.reference, scales)
             self._require_finite(loss, index, pack)
@@ -102,7 +103,7 @@ class Trainer:
         if bad_ranks:
             raise UntaxedError(
                 f"sft: step {index + 1}: a gradient is not finite (documents"
-                f" {self._names([d for p in step for d in p])}); stopped before the update"
+                f" {self._names(step)}); stopped before the update"
             )
         rate = learning_rate(self.recipe.optimizer, index, steps)
         norm = self.engine.step(rate)
@@ -120,6 +121,11 @@ class Trainer:
         if kl_targets:
             record["kl"] = kl_sum / kl_targets
         return record
+
+    def _packs(self, split: Split, step: Step) -> list[Pack]:
+        """What of ``step`` this rank computes."""
+        world, lengths = self.context.world, split.documents.lengths
+        return share(step, lengths, self.capacity, world.size)[world.rank]
 
     def _require_finite(self, loss: torch.Tensor, index: int, pack: list[int]) -> None:
         if not bool(torch.isfinite(loss)):
@@ -143,18 +149,19 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, step: int) -> dict[str, float]:
         """Loss on the development rows."""
-        documents, world = self.dev.documents, self.context.world
+        documents = self.dev.documents
         record: dict[str, float] = {"step": step}
-        if not self.dev_step:
+        everything = list(range(len(documents)))
+        if not everything:
             return record
         sums = torch.zeros(2, dtype=torch.float64)
         set_dropout(self.engine.module, on=False)
-        for pack in assign(self.dev_step, documents.lengths, world.size)[world.rank]:
+        for pack in self._packs(self.dev, everything):
             batch = documents.micro_batch(pack).to(device())
             _, cross_entropy, kl = self.engine.forward(batch, self.dev.reference)
             sums += torch.stack([cross_entropy, kl]).cpu()
         set_dropout(self.engine.module, on=True)
-        targets, kl_targets = documents.targets([d for pack in self.dev_step for d in pack])
+        targets, kl_targets = documents.targets(everything)
         ce_sum, kl_sum = sum_over_ranks(sums.tolist())
         if targets:
             record["dev_loss"] = ce_sum / targets

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import zlib
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact import canonical
+from pipeline.errors import UntaxedError
 
 STATES, CHECKSUMS, IDENTITY = "hidden.bin", "checksums.bin", "identity.json"
 WRITTEN = 1 << 32  # added to a CRC-32, so that zero says "not stored"
@@ -49,8 +51,9 @@ class PrefixCache:
         self.bytes = int(self.starts[-1]) * row_bytes
         self._make_room(root, budget_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.states = torch.from_numpy(_mapped(self.folder / STATES, self.bytes, np.uint8))
-        self.checksums = _mapped(self.folder / CHECKSUMS, self.kept * 8, np.uint64)
+        self.mapped = _map(self.folder / STATES, self.bytes)
+        self.states = torch.frombuffer(self.mapped, dtype=torch.uint8)
+        self.checksums = np.frombuffer(_map(self.folder / CHECKSUMS, self.kept * 8), np.uint64)
         # for people; nothing reads it, and all processes write the same
         (self.folder / IDENTITY).write_text(json.dumps(everything, indent=1) + "\n")
         os.utime(self.folder)
@@ -84,25 +87,41 @@ class PrefixCache:
         """The states [T, width] of a stored document, as a view of the file; else None."""
         return self._rows(document) if document in self.known else None
 
+    def will_need(self, document: int) -> None:
+        """Have the system read a stored document from disk while something else is computed."""
+        if document in self.known:
+            first, stop = self._place(document)
+            first -= first % mmap.PAGESIZE
+            self.mapped.madvise(mmap.MADV_WILLNEED, first, stop - first)
+
     def _rows(self, document: int) -> Tensor:
-        size = self.width * self.dtype.itemsize
-        first, stop = int(self.starts[document]) * size, int(self.starts[document + 1]) * size
+        first, stop = self._place(document)
         return self.states[first:stop].view(self.dtype).view(-1, self.width)
+
+    def _place(self, document: int) -> tuple[int, int]:
+        """Its first byte in the file, and the one after its last."""
+        size = self.width * self.dtype.itemsize
+        return int(self.starts[document]) * size, int(self.starts[document + 1]) * size
 
     def _checksum(self, document: int) -> int:
         return WRITTEN + zlib.crc32(self._rows(document).view(torch.uint8).numpy().data)
 
 
-def _mapped(path: Path, size: int, dtype: Any) -> Any:
+def _map(path: Path, size: int) -> mmap.mmap:
     """``size`` bytes of ``path`` in memory, shared with other processes; zeros where it is new.
 
     The blocks are reserved first: a write into a mapped file on a full disk kills the process.
     """
-    if size == 0:
-        return np.zeros(0, dtype=dtype)
+    size = max(size, 8)  # an empty map is not possible
     with path.open("a+b") as stream:
-        os.posix_fallocate(stream.fileno(), 0, size)
-    return np.memmap(path, dtype=dtype, mode="r+", shape=(size // np.dtype(dtype).itemsize,))
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            raise UntaxedError(
+                f"{path}: {error.strerror} ({size / 1e9:.2f} GB wanted); set UNTAXED_CACHE to a larger"
+                " disk, or lower execution.prefix_cache_gb"
+            ) from error
+        return mmap.mmap(stream.fileno(), size)
 
 
 def _size(folder: Path) -> int:

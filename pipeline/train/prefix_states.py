@@ -43,21 +43,17 @@ class PrefixStates:
     ) -> None:
         self.prefix: Prefix | None = Prefix(base.folder, recipe, cut, device())
         self.ids = [d.tokens_of(i) for d in splits for i in range(len(d))]
-        self.first = np.cumsum([0, *(len(d) for d in splits)])
         identity = _identity(base, recipe, self.prefix, self.ids)
         budget = int(context.execution.prefix_cache_gb * 1e9)
         lengths = [len(ids) for ids in self.ids]
         width, dtype = self.prefix.width, self.prefix.dtype
         self.cache = PrefixCache(context.cache, identity, lengths, width, dtype, budget)
         self.context = context
-        for split, documents in enumerate(splits):
-            documents.states = self._reader(split)
+        starts = np.cumsum([0, *(len(d) for d in splits)])
+        for documents, start in zip(splits, starts, strict=False):
+            documents.states = SplitStates(self, int(start))
 
-    def _reader(self, split: int) -> Any:
-        first = int(self.first[split])
-        return lambda document: self._of(first + document)
-
-    def _of(self, document: int) -> Tensor:
+    def of(self, document: int) -> Tensor:
         stored = self.cache.read(document)
         if stored is not None:
             return stored
@@ -94,6 +90,21 @@ class PrefixStates:
         )
         if not unkept:
             self.prefix = None
+
+
+class SplitStates:
+    """The states of one split, whose documents begin at ``start`` of all."""
+
+    def __init__(self, states: PrefixStates, start: int) -> None:
+        self.states, self.start = states, start
+
+    def of(self, document: int) -> Tensor:
+        """[T, hidden size] on the CPU."""
+        return self.states.of(self.start + document)
+
+    def will_need(self, document: int) -> None:
+        """Read it from disk ahead of time."""
+        self.states.cache.will_need(self.start + document)
 
 
 def _share(documents: Sequence[int]) -> list[int]:

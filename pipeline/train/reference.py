@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.data.packing import Step, assign, best_fit_decreasing
+from pipeline.data.packing import share
 from pipeline.errors import UntaxedError
 from pipeline.train.batches import Documents
 from pipeline.train.engine import Engine
@@ -28,19 +28,17 @@ def reference(
     if not chosen:
         return None
     lengths = documents.lengths
-    bins = best_fit_decreasing([lengths[d] for d in chosen], max(capacity, 1))
-    step: Step = [[chosen[i] for i in members] for members in bins]
     want = Reference(torch.zeros(0, top_k, dtype=torch.int64), torch.zeros(0, top_k))
     mine: list[tuple[Tensor, Tensor, Tensor]] = []
-    for pack in assign(step, lengths, world_size)[rank]:
+    for pack in share(chosen, lengths, capacity, world_size)[rank]:
         batch = documents.micro_batch(pack)
         ids, log_probs = engine.forward(batch.to(device()), want, want="top_k")
         if pack:
             mine.append((batch.reference, ids.cpu().to(torch.int32), log_probs.float().cpu()))
     table_ids = torch.zeros(documents.reference_rows, top_k, dtype=torch.int64)
     table_log = torch.zeros(documents.reference_rows, top_k)
-    for share in gather_objects(mine):
-        for rows, ids, log_probs in share:
+    for part in gather_objects(mine):
+        for rows, ids, log_probs in part:
             table_ids[rows] = ids.long()
             table_log[rows] = log_probs
     return Reference(table_ids, table_log)

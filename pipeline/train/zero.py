@@ -131,10 +131,26 @@ class ZeroEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config, dist_init_required=False
         )
+        if self.stage == 3:
+            self._keep_small_frozen_weights()
         self.world_size = dist.get_world_size()
         for held in self._inner().state.values():
             if "step" in held:  # DeepSpeed takes a trial step to allocate; it must not count
                 held["step"] = torch.zeros_like(torch.as_tensor(held["step"], dtype=torch.float32))
+
+    def _keep_small_frozen_weights(self) -> None:
+        """Around every update DeepSpeed forgets all weights and gathers those again that are small
+        enough to stay (``stage3_param_persistence_threshold``). A frozen one has not changed."""
+        from deepspeed.runtime.zero.partition_parameters import _init_external_params
+
+        others = nn.ParameterList(
+            p
+            for p in self.module.parameters()
+            if p.requires_grad or not getattr(p, "ds_persist", False)
+        )
+        _init_external_params(others)
+        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+        self.optimizer._partition_all_parameters = lambda: coordinator.release_and_reset_all(others)
 
     def _inner(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = self.optimizer.optimizer

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import DataError, RecipeError
+from pipeline.jobfile import load_job
 from pipeline.model.geometry import (
     cache_bytes_per_token,
     geometry_of,
@@ -18,7 +19,7 @@ from pipeline.model.geometry import (
     plan_facts,
     total_parameters,
 )
-from pipeline.recipes import Geometry, Job, Layers, LoraRecipe, load_job
+from pipeline.recipes import Geometry, Job, Layers, LoraRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 # as the models' own pages and checkpoint indexes state them

@@ -41,7 +41,7 @@ def rows_in_order(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
     documents = Documents(inputs["pack"], "train", AnchorLoss())
     rows = []
     for step in (step for epoch in load_steps(inputs["pack"]) for step in epoch):
-        for d in (d for pack in step for d in pack):
+        for d in step:
             span = slice(int(documents.starts[d]), int(documents.starts[d + 1]))
             ids, trained = documents.ids[span].tolist(), documents.trained[span].tolist()
             labels = [t if on else -100 for t, on in zip(ids, trained, strict=True)]
