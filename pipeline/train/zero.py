@@ -110,6 +110,7 @@ class ZeroEngine:
         self.config = read_config(self.path, recipe)
         self.stage = int(self.config["zero_optimization"].get("stage", 0))
         self.name = f"zero{self.stage}"
+        alive = None
         if self.stage == 3:
             if recipe.quantization == "nf4":
                 raise RecipeError(
@@ -119,8 +120,10 @@ class ZeroEngine:
             # While loading, stage 3 casts every weight to the precision that this section names,
             # fp32 without it; afterwards the section is off, and adapters may stay fp32.
             loads_bf16 = recipe.precision == "bf16"
-            self._alive = HfDeepSpeedConfig(self.config | {"bf16": {"enabled": loads_bf16}})
+            alive = HfDeepSpeedConfig(self.config | {"bf16": {"enabled": loads_bf16}})
         yield
+        # transformers holds it weakly, and would shard every other model while it lives
+        del alive
 
     def wrap(self, module: SftModule, recipe: SftRecipe) -> None:
         import deepspeed
