@@ -46,7 +46,7 @@ def run(
         epoch_steps(lengths, strata, recipe.batch, recipe.pack.seed, epoch)
         for epoch in range(recipe.epochs)
     ]
-    _write_tokens(out / "tokens.safetensors", train, dev)
+    write_tokens(out / "tokens.safetensors", train, dev)
     write_atomic(out / "steps.json", json.dumps(epochs, separators=(",", ":")))
     documents = {"train": [d["id"] for d in train], "dev": [d["id"] for d in dev]}
     write_atomic(out / "documents.json", json.dumps(documents | {"dropped": dropped + dev_dropped}))
@@ -121,7 +121,7 @@ def _strata(documents: list[dict[str, Any]]) -> list[int]:
     return [sources.index(d["source"]) for d in documents]
 
 
-def _write_tokens(path: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]]) -> None:
+def write_tokens(path: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]]) -> None:
     """Flat arrays of both splits: ids int32 [T], trained uint8 [T], starts int64 [D+1], kind [D]."""
     from safetensors.numpy import save_file
 
