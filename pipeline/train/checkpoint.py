@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,31 +32,55 @@ class Position:
     history: list[dict[str, float]]
 
 
-def save(folder: Path, engine: Engine, position: Position, rank: int) -> None:
-    """Collective: gather on all ranks, write on rank 0, atomically; keep the newest two."""
-    trainable = engine.trainable_state()
-    optimizer = engine.optimizer_state()
-    rngs = gather_objects(_rng_states())
-    if rank != 0:
-        return
+class Checkpoints:
+    """Writes checkpoints below ``folder`` while training goes on; leaving it waits for the last."""
+
+    def __init__(self, folder: Path, engine: Engine, rank: int) -> None:
+        self.folder, self.engine, self.rank = folder, engine, rank
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown()
+        if error[0] is None:
+            self.wait()
+
+    def save(self, position: Position) -> None:
+        """Collective: gather on all ranks; rank 0 writes in a thread. An error of the last writing
+        is raised here."""
+        trainable = self.engine.trainable_state()
+        optimizer = self.engine.optimizer_state()
+        rngs = gather_objects(_rng_states())
+        if self.rank != 0:
+            return
+        tensors = {f"trainable.{k}": v for k, v in trainable.items()}
+        tensors |= {f"optimizer.{k}": v for k, v in optimizer.items()}
+        tensors |= {f"rng.{r}.{k}": v for r, states in enumerate(rngs) for k, v in states.items()}
+        meta = {"step": position.step, "history": list(position.history), "world_size": len(rngs)}
+        self.wait()
+        self.pending = self.thread.submit(_write, self.folder, tensors, meta)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk; raises what kept it from there."""
+        if self.pending is not None:
+            self.pending.result()
+
+
+def _write(folder: Path, tensors: State, meta: dict[str, Any]) -> None:
+    """Atomically; keeps the newest two."""
     from safetensors.torch import save_file
 
-    final = folder / f"checkpoint-{position.step:08d}"
-    staging = folder / f".checkpoint-{position.step:08d}.tmp"
+    final = folder / f"checkpoint-{meta['step']:08d}"
+    staging = folder / f".{final.name}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
     staging.mkdir(parents=True)
-    tensors = {f"trainable.{k}": v for k, v in trainable.items()}
-    tensors |= {f"optimizer.{k}": v for k, v in optimizer.items()}
-    tensors |= {f"rng.{rank}.{k}": v for rank, states in enumerate(rngs) for k, v in states.items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, staging / "state.safetensors")
-    meta = {
-        "step": position.step,
-        "history": position.history,
-        "world_size": len(rngs),
-        "sha256": hash_file(staging / "state.safetensors").sha256,
-    }
-    write_atomic(staging / "meta.json", json.dumps(meta))
+    sha256 = hash_file(staging / "state.safetensors").sha256
+    write_atomic(staging / "meta.json", json.dumps(meta | {"sha256": sha256}))
     staging.rename(final)
     for old in sorted(folder.glob("checkpoint-*"))[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)

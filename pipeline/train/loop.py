@@ -15,9 +15,8 @@ from torch import nn
 from pipeline.data.packing import Pack, Step, share
 from pipeline.errors import Stopped, UntaxedError
 from pipeline.recipes import SftRecipe
-from pipeline.train import checkpoint
 from pipeline.train.batches import Documents
-from pipeline.train.checkpoint import Position
+from pipeline.train.checkpoint import Checkpoints, Position
 from pipeline.train.engine import Engine, GradientWatch
 from pipeline.train.loss import Reference, Scales
 from pipeline.train.progress import StepProgress
@@ -59,7 +58,11 @@ class Trainer:
         steps = sum(len(epoch) for epoch in self.epochs)
         saved_at = time.monotonic()
         first = 0
-        with StepProgress(self.context, steps, position.step) as progress:
+        rank, scratch = self.context.world.rank, self.context.scratch
+        with (
+            StepProgress(self.context, steps, position.step) as progress,
+            Checkpoints(scratch, self.engine, rank) as checkpoints,
+        ):
             for number, epoch in enumerate(self.epochs, start=1):
                 for index, step in enumerate(epoch):
                     if first + index < position.step:
@@ -82,7 +85,7 @@ class Trainer:
                         position.history.append(self._validate(position.step))
                         self.context.metric(position.step, position.history[-1])
                         save_epoch(number)
-                    saved_at = self._maybe_checkpoint(position, saved_at)
+                    saved_at = self._maybe_checkpoint(checkpoints, position, saved_at)
                 first += len(epoch)
         return position
 
@@ -169,16 +172,18 @@ class Trainer:
             record["dev_kl"] = kl_sum / kl_targets
         return record
 
-    def _maybe_checkpoint(self, position: Position, saved_at: float) -> float:
+    def _maybe_checkpoint(
+        self, checkpoints: Checkpoints, position: Position, saved_at: float
+    ) -> float:
         """Checkpoint when it is time or a stop is asked for; all ranks agree at a step boundary."""
         due = time.monotonic() - saved_at >= self.context.execution.checkpoint_seconds
         leads = self.context.world.rank == 0  # one clock decides
         stop, save = sum_over_ranks([float(self.stop_requested()), float(due and leads)])
         if stop or save:
-            rank = self.context.world.rank
-            checkpoint.save(self.context.scratch, self.engine, position, rank)
+            checkpoints.save(position)
             saved_at = time.monotonic()
         if stop:
+            checkpoints.wait()
             raise Stopped(
                 f"sft: stopped on request after step {position.step}; the same command goes on there"
             )
