@@ -337,7 +337,7 @@ class Execution(Frozen):
     """How fast, never what: left out of every key.
 
     ``frozen_prefix``: run the layers below the first adapted one once, and keep their output on
-    disk up to ``prefix_cache_gb`` (what does not fit is computed again each time).
+    disk up to ``prefix_cache_gb`` in all jobs together (what does not fit is computed each time).
     """
 
     activation_checkpointing: bool = False

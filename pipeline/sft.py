@@ -7,6 +7,7 @@ python pipeline/sft.py                                  one process
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from pipeline.artifact import Artifact
-from pipeline.errors import UntaxedError, one_line
+from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.model import lora
 from pipeline.model.build import DTYPES, build_model, check_dtypes
 from pipeline.model.cut import cut_of
@@ -101,7 +102,10 @@ def _cut(base: Artifact, recipe: SftRecipe, context: Context) -> tuple[int, str]
 
     if not context.execution.frozen_prefix:
         return 0, "execution.frozen_prefix is false"
-    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{base.folder}: config.json cannot be used: {error}") from error
     return cut_of(config, recipe)
 
 
@@ -205,5 +209,14 @@ def start(argv: list[str] | None = None) -> int:
     return code
 
 
+def leave(code: int) -> None:
+    """End this process now. All is sealed or has failed, and an orderly exit after collectives can
+    still abort: threads of gloo may outlive the group that they belong to."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(start())
+    leave(start())

@@ -37,6 +37,7 @@ def with_a_bug(
 def interrupted(
     recipe: Any, inputs: Mapping[str, Artifact], out: Path, context: Context
 ) -> dict[str, Any]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of a shell
     signal.raise_signal(signal.SIGINT)
     time.sleep(10)
     raise AssertionError("the signal was not heard")

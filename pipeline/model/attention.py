@@ -34,6 +34,7 @@ def per_document(
 
     ``document_starts`` int64 [D + 1]: where each document begins, and T; without it, one document.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in fp32
     starts = [0, query.shape[2]] if document_starts is None else document_starts.tolist()
     output: Tensor = DocumentAttention.apply(  # type: ignore[no-untyped-call]
         query[0], key[0], value[0], starts, scaling
@@ -124,7 +125,7 @@ def choose(config: Any, *, bf16: bool) -> str:
     """The attention to train with: per document on a CPU, FlashAttention on a GPU that has it, else
     PyTorch's own; the last two tell documents apart by their position ids.
 
-    A model with a sliding window or dropout keeps its own: the window is part of its mask.
+    On a CPU a model with a sliding window or dropout gets PyTorch's own: the window is in its mask.
     """
     from transformers import AttentionInterface
     from transformers.utils import is_flash_attn_2_available

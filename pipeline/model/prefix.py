@@ -44,7 +44,11 @@ class Prefix:
     def chunk_tokens(self) -> int:
         """How many tokens to run at a time: few where all layers stay in memory, else as many as
         make reading the layers again and again worth it."""
-        return SMALL_CHUNK if len(self._blocks()) == 1 else CHUNK_BYTES // (2 * self.width)
+        return (
+            SMALL_CHUNK
+            if len(self._blocks()) == 1
+            else CHUNK_BYTES // (self.dtype.itemsize * self.width)
+        )
 
     @torch.no_grad()
     def run(self, documents: Sequence[Tensor]) -> list[Tensor]:

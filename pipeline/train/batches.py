@@ -50,7 +50,7 @@ class MicroBatch:
 class States(Protocol):
     """The output [T, hidden size] of the frozen prefix for each document."""
 
-    def of(self, document: int) -> Tensor: ...
+    def of(self, documents: Sequence[int]) -> list[Tensor]: ...
     def will_need(self, document: int) -> None: ...
 
 
@@ -131,7 +131,7 @@ class Documents:
         row, places, *others = (torch.from_numpy(a) for a in flat)
         batch = MicroBatch(row[None], places[None], *others)
         if self.states:
-            batch.states = torch.cat([self.states.of(d) for d in pack])[None]
+            batch.states = torch.cat(self.states.of(pack))[None]
         return batch
 
     def _filler(self) -> MicroBatch:
@@ -140,7 +140,7 @@ class Documents:
         zero = torch.zeros(1, dtype=torch.int64)
         positions = torch.arange(ids.shape[1])[None]
         starts = torch.tensor([0, ids.shape[1]])
-        states = self.states.of(0)[None, : ids.shape[1]] if self.states else None
+        states = self.states.of([0])[0][None, : ids.shape[1]] if self.states else None
         labels = ids[0, 1:2]
         return MicroBatch(ids, positions, zero, labels, torch.zeros(1), zero - 1, starts, states)
 

@@ -33,7 +33,8 @@ class Position:
 
 
 class Checkpoints:
-    """Writes checkpoints below ``folder`` while training goes on; leaving it waits for the last."""
+    """Writes checkpoints below ``folder`` while training goes on; leaving it waits for the last, whose
+    failure then no longer matters."""
 
     def __init__(self, folder: Path, engine: Engine, rank: int) -> None:
         self.folder, self.engine, self.rank = folder, engine, rank
@@ -45,12 +46,11 @@ class Checkpoints:
 
     def __exit__(self, *error: object) -> None:
         self.thread.shutdown()
-        if error[0] is None:
-            self.wait()
 
     def save(self, position: Position) -> None:
         """Collective: gather on all ranks; rank 0 writes in a thread. An error of the last writing
         is raised here."""
+        self.wait()
         trainable = self.engine.trainable_state()
         optimizer = self.engine.optimizer_state()
         rngs = gather_objects(_rng_states())
@@ -60,7 +60,6 @@ class Checkpoints:
         tensors |= {f"optimizer.{k}": v for k, v in optimizer.items()}
         tensors |= {f"rng.{r}.{k}": v for r, states in enumerate(rngs) for k, v in states.items()}
         meta = {"step": position.step, "history": list(position.history), "world_size": len(rngs)}
-        self.wait()
         self.pending = self.thread.submit(_write, self.folder, tensors, meta)
 
     def wait(self) -> None:
@@ -75,8 +74,11 @@ def _write(folder: Path, tensors: State, meta: dict[str, Any]) -> None:
 
     final = folder / f"checkpoint-{meta['step']:08d}"
     staging = folder / f".{final.name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
+    for old in (
+        final,
+        *folder.glob(".checkpoint-*.tmp"),
+    ):  # of a try that was killed, or found no room
+        shutil.rmtree(old, ignore_errors=True)
     staging.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, staging / "state.safetensors")
     sha256 = hash_file(staging / "state.safetensors").sha256

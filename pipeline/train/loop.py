@@ -184,6 +184,7 @@ class Trainer:
             saved_at = time.monotonic()
         if stop:
             checkpoints.wait()
+            self.context.world.barrier()  # a rank that leaves early has the launcher kill the writer
             raise Stopped(
                 f"sft: stopped on request after step {position.step}; the same command goes on there"
             )

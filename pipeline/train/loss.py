@@ -74,6 +74,13 @@ class SftModule(nn.Module):
         if not self.chunked:
             return row_losses(rows, batch, slice(0, len(rows)), reference, scales)
 
+        if not rows.requires_grad:
+            sums = self._with_logits(
+                rows, lambda some, at: torch.stack(row_losses(some, batch, at, reference, scales))
+            )
+            total, cross_entropy, kl = torch.stack(sums).sum(0)
+            return total, cross_entropy, kl
+
         def work(weight: Tensor, hidden: Tensor, some: slice) -> tuple[Tensor, Tensor]:
             logits = functional.linear(hidden, weight).float().requires_grad_()
             with torch.enable_grad():

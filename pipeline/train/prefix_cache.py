@@ -1,19 +1,23 @@
 """Hidden states below the first adapted layer, by document, in one memory-mapped file.
 
 The folder's name is a hash of all that decides a bit of them: base, cut, precision, tokens, kernel,
-threads and processor. So jobs that agree on these share the file, and a lost one is made again
-with the same bits. A document counts as stored once its checksum is written after its states.
+libraries, threads, processor; and of how many documents fit. So jobs that agree share the file, and
+a lost one is made again with the same bits. A document counts as stored once its checksum is
+written after its states.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,7 @@ from pipeline.artifact import canonical
 from pipeline.errors import UntaxedError
 
 STATES, CHECKSUMS, IDENTITY = "hidden.bin", "checksums.bin", "identity.json"
+KEY = 16  # hexadecimal digits
 WRITTEN = 1 << 32  # added to a CRC-32, so that zero says "not stored"
 
 
@@ -46,22 +51,24 @@ class PrefixCache:
         self.starts, self.width, self.dtype = starts[: self.kept + 1], width, dtype
         shape = {"kept": self.kept, "tokens": int(self.starts[-1]), "width": width}
         everything = {**identity, **shape, "dtype": str(dtype)}
-        key = hashlib.sha256(canonical(everything).encode()).hexdigest()[:16]
+        key = hashlib.sha256(canonical(everything).encode()).hexdigest()[:KEY]
         self.folder = root / f"prefix-{key}"
         self.bytes = int(self.starts[-1]) * row_bytes
-        self._make_room(root, budget_bytes)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.mapped = _map(self.folder / STATES, self.bytes)
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root):
+            self._make_room(root, budget_bytes)
+            self.folder.mkdir(exist_ok=True)
+            self.mapped = _map(self.folder / STATES, self.bytes)
+            checksums = _map(self.folder / CHECKSUMS, self.kept * 8)
+            (self.folder / IDENTITY).write_text(json.dumps(everything, indent=1) + "\n")
+            os.utime(self.folder)
         self.states = torch.frombuffer(self.mapped, dtype=torch.uint8)
-        self.checksums = np.frombuffer(_map(self.folder / CHECKSUMS, self.kept * 8), np.uint64)
-        # for people; nothing reads it, and all processes write the same
-        (self.folder / IDENTITY).write_text(json.dumps(everything, indent=1) + "\n")
-        os.utime(self.folder)
+        self.checksums = np.frombuffer(checksums, np.uint64)
         self.known: set[int] = set()
 
     def _make_room(self, root: Path, budget_bytes: int) -> None:
         """Remove the caches that were used longest ago; who still reads one keeps its memory."""
-        others = [f for f in root.glob("prefix-*") if f != self.folder]
+        others = [folder for folder in caches(root) if folder != self.folder] if self.kept else []
         others.sort(key=lambda folder: folder.stat().st_mtime)
         total = self.bytes + sum(_size(folder) for folder in others)
         for folder in others:
@@ -71,7 +78,7 @@ class PrefixCache:
             shutil.rmtree(folder, ignore_errors=True)
 
     def missing(self) -> list[int]:
-        """Documents that have a place but no valid states; each is looked at once."""
+        """Documents that have a place but no valid states; a valid one is looked at once."""
         unknown = [d for d in range(self.kept) if d not in self.known]
         written = [d for d in unknown if self.checksums[d]]
         self.known |= {d for d in written if self.checksums[d] == self._checksum(d)}
@@ -107,21 +114,53 @@ class PrefixCache:
         return WRITTEN + zlib.crc32(self._rows(document).view(torch.uint8).numpy().data)
 
 
+def caches(root: Path) -> list[Path]:
+    """The folders of caches below ``root``, and no other folder."""
+    return [f for f in root.glob("prefix-" + "[0-9a-f]" * KEY) if (f / IDENTITY).is_file()]
+
+
+def room(root: Path) -> int:
+    """Bytes that caches below ``root`` may take in all: those they have, and four fifths of what is
+    free."""
+    root.mkdir(parents=True, exist_ok=True)
+    return sum(_size(folder) for folder in caches(root)) + shutil.disk_usage(root).free * 4 // 5
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One process at a time makes, maps and removes folders below ``root``."""
+    with (root / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
 def _map(path: Path, size: int) -> mmap.mmap:
     """``size`` bytes of ``path`` in memory, shared with other processes; zeros where it is new.
 
     The blocks are reserved first: a write into a mapped file on a full disk kills the process.
     """
     size = max(size, 8)  # an empty map is not possible
-    with path.open("a+b") as stream:
-        try:
-            os.posix_fallocate(stream.fileno(), 0, size)
-        except OSError as error:
-            raise UntaxedError(
-                f"{path}: {error.strerror} ({size / 1e9:.2f} GB wanted); set UNTAXED_CACHE to a larger"
-                " disk, or lower execution.prefix_cache_gb"
-            ) from error
-        return mmap.mmap(stream.fileno(), size)
+    opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if os.fstat(opened).st_size < size:
+            _reserve(opened, path, size)
+        return mmap.mmap(opened, size)
+    finally:
+        os.close(opened)
+
+
+def _reserve(opened: int, path: Path, size: int) -> None:
+    try:
+        os.posix_fallocate(opened, 0, size)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):  # not known to this file system
+            os.ftruncate(opened, size)
+            return
+        os.ftruncate(opened, 0)
+        raise UntaxedError(
+            f"{path}: {error.strerror} ({size / 1e9:.2f} GB wanted); set UNTAXED_CACHE to a larger"
+            " disk, or lower execution.prefix_cache_gb"
+        ) from error
 
 
 def _size(folder: Path) -> int:

@@ -7,6 +7,7 @@ import platform
 import socket
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +18,15 @@ from pipeline.artifact import Artifact
 from pipeline.model.prefix import Prefix
 from pipeline.recipes import SftRecipe
 from pipeline.train.batches import Documents
-from pipeline.train.prefix_cache import PrefixCache
+from pipeline.train.prefix_cache import PrefixCache, room
 from pipeline.train.world import device, gather_objects
 
 if TYPE_CHECKING:
     from pipeline.stage import Context
 
 LINE_SECONDS = 15.0
+VERSION = 1  # of this code; raise it when it gives other bits
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "flash-attn")
 
 
 class PrefixStates:
@@ -44,21 +47,28 @@ class PrefixStates:
         self.prefix: Prefix | None = Prefix(base.folder, recipe, cut, device())
         self.ids = [d.tokens_of(i) for d in splits for i in range(len(d))]
         identity = _identity(base, recipe, self.prefix, self.ids)
-        budget = int(context.execution.prefix_cache_gb * 1e9)
+        hosts = gather_objects(socket.gethostname())
+        # machines never share a file: a network file system does not keep their maps alike
+        root = context.cache / hosts[_rank()] if len(set(hosts)) > 1 else context.cache
+        budget = min(gather_objects(room(root)))
+        budget = min(budget, int(context.execution.prefix_cache_gb * 1e9))
         lengths = [len(ids) for ids in self.ids]
         width, dtype = self.prefix.width, self.prefix.dtype
-        self.cache = PrefixCache(context.cache, identity, lengths, width, dtype, budget)
+        self.cache = PrefixCache(root, identity, lengths, width, dtype, budget)
         self.context = context
         starts = np.cumsum([0, *(len(d) for d in splits)])
         for documents, start in zip(splits, starts, strict=False):
             documents.states = SplitStates(self, int(start))
 
-    def of(self, document: int) -> Tensor:
-        stored = self.cache.read(document)
-        if stored is not None:
-            return stored
-        assert self.prefix is not None
-        return self.prefix.run([self.ids[document]])[0]
+    def of(self, documents: Sequence[int]) -> list[Tensor]:
+        """Stored states, or made now."""
+        states = {d: self.cache.read(d) for d in documents}
+        absent = [d for d, stored in states.items() if stored is None]
+        if absent:
+            assert self.prefix is not None
+            made = self.prefix.run([self.ids[d] for d in absent])
+            states |= dict(zip(absent, made, strict=True))
+        return [stored for d in documents if (stored := states[d]) is not None]
 
     def fill(self) -> None:
         """Store what is missing; afterwards the prefix leaves memory unless some did not fit."""
@@ -80,8 +90,9 @@ class PrefixStates:
                     f"  {(total - tokens) / speed:.0f} s left"
                 )
         context.world.barrier()
-        for document in cache.missing():  # stored by the others; nothing is left to do otherwise
-            cache.write(document, self.prefix.run([self.ids[document]])[0])
+        for chunk in _chunks(cache.missing(), self.ids, self.prefix.chunk_tokens):
+            for document, rows in zip(chunk, self.of(chunk), strict=True):  # where another failed
+                cache.write(document, rows)
         unkept = len(self.ids) - cache.kept
         context.log(
             f"sft: layers below {self.prefix.cut} are frozen; {cache.kept} of {len(self.ids)}"
@@ -98,9 +109,9 @@ class SplitStates:
     def __init__(self, states: PrefixStates, start: int) -> None:
         self.states, self.start = states, start
 
-    def of(self, document: int) -> Tensor:
-        """[T, hidden size] on the CPU."""
-        return self.states.of(self.start + document)
+    def of(self, documents: Sequence[int]) -> list[Tensor]:
+        """[T, hidden size] of each, on the CPU."""
+        return self.states.of([self.start + d for d in documents])
 
     def will_need(self, document: int) -> None:
         """Read it from disk ahead of time."""
@@ -108,7 +119,7 @@ class SplitStates:
 
 
 def _share(documents: Sequence[int]) -> list[int]:
-    """This process's part of ``documents``; processes of other machines have files of their own."""
+    """This process's part of ``documents`` among those of its machine."""
     hosts = gather_objects((socket.gethostname(), _rank()))
     here = [rank for host, rank in hosts if host == socket.gethostname()]
     return list(documents[here.index(_rank()) :: len(here)])
@@ -135,8 +146,6 @@ def _identity(
     base: Artifact, recipe: SftRecipe, prefix: Prefix, ids: Sequence[Tensor]
 ) -> dict[str, Any]:
     """Everything that decides a bit of the states."""
-    import transformers
-
     tokens = hashlib.sha256()
     for document in ids:
         tokens.update(len(document).to_bytes(8, "little"))
@@ -149,11 +158,19 @@ def _identity(
         "tokens": tokens.hexdigest(),
         "quantization": recipe.quantization,
         "attention": prefix.decoder.config._attn_implementation,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "version": VERSION,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "cuda": torch.version.cuda if on_gpu else None,
         "processor": torch.cuda.get_device_name(place) if on_gpu else _cpu_name(),
         "threads": 0 if on_gpu else torch.get_num_threads(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -90,6 +90,19 @@ def test_same_adapter(folder: Path, engine: str) -> None:
         assert (got[key] - tensor).abs().mean() <= 2e-3 * tensor.abs().mean() + 1e-6, key
 
 
+def test_full_fine_tuning_in_bf16_is_close_to_fp32(
+    folder: Path, tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    """The model is fp32 under autocast there, where rotated queries and keys stay fp32."""
+    (tmp_path / "scratch").mkdir()
+    options = {"engine": "single"}
+    context = Context(scratch=tmp_path / "scratch", options=options, console=Console(quiet=True))
+    recipe = SftRecipe.model_validate(RECIPE | VARIANTS["full"] | {"precision": "bf16"})
+    sft.run(recipe, inputs, tmp_path, context)
+    pairs = zip(losses(tmp_path), losses(folder / "full" / "single"), strict=True)
+    assert max(abs(got - want) / want for got, want in pairs) <= 5e-2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -116,9 +116,14 @@ def test_jobs_share_a_cache_and_old_ones_make_room(
         patch.setattr(Prefix, "run", lambda self, documents: pytest.fail("run again"))
         other = KL | {"optimizer": {"learning_rate": 0.01}, "lora": LORA | {"rank": 1}}
         train(tmp_path / "other", inputs, other, cache)
+    foreign = cache / "prefix-tuning"
+    foreign.mkdir()
+    (foreign / "work").write_bytes(bytes(2 * size))
+    train(tmp_path / "none", inputs, KL, cache, prefix_cache_gb=0.0)
+    assert folder.exists(), "a job that wants no cache leaves those of others"
     higher = KL | {"lora": LORA | {"layers": {"first": 3, "last": 4}}}
     train(tmp_path / "higher", inputs, higher, cache, prefix_cache_gb=1.5 * size / 1e9)
-    assert folder not in list(cache.glob("prefix-*"))
+    assert not folder.exists() and foreign.exists()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

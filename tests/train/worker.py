@@ -46,4 +46,7 @@ def main(spec_path: str) -> None:
 
 
 if __name__ == "__main__":
+    from pipeline.sft import leave
+
     main(sys.argv[1])
+    leave(0)
