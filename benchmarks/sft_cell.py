@@ -86,7 +86,9 @@ def untaxed(spec: dict[str, Any]) -> dict[str, Any]:
         console=Console(quiet=True),
     )
     inputs = {name: art.open_artifact(Path(spec[name])) for name in ("base", "pack")}
-    sft.run(SftRecipe.model_validate(spec["recipe"]), inputs, scratch, context)
+    out = scratch / "out"
+    out.mkdir(exist_ok=True)
+    sft.run(SftRecipe.model_validate(spec["recipe"]), inputs, out, context)
     return clock.result(spec, losses)
 
 
