@@ -2,8 +2,7 @@
 
 On a CPU the block-diagonal mask of a whole pack costs more than the documents themselves: a pack of
 1,024 tokens and twelve documents computes twelve times the products that are needed. And PyTorch's
-backward for CPUs is several times slower than plain matrix products on documents of a few hundred
-tokens, so theirs is written here.
+backward for CPUs is slower than plain matrix products on short documents, so theirs is written here.
 """
 
 from __future__ import annotations
