@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -233,7 +232,6 @@ def main() -> None:
                         f" {last['losses'][0]:.3f} -> {last['losses'][1]:.3f}",
                         flush=True,
                     )
-    shutil.rmtree(folder, ignore_errors=True)
     for name, value in data.get("ratios", {}).items():
         print(f"{name:<60} {value:.2f}")
 

@@ -74,10 +74,8 @@ def _write(folder: Path, tensors: State, meta: dict[str, Any]) -> None:
 
     final = folder / f"checkpoint-{meta['step']:08d}"
     staging = folder / f".{final.name}.tmp"
-    for old in (
-        final,
-        *folder.glob(".checkpoint-*.tmp"),
-    ):  # of a try that was killed, or found no room
+    # of a try that was killed, or found no room
+    for old in (final, *folder.glob(".checkpoint-*.tmp")):
         shutil.rmtree(old, ignore_errors=True)
     staging.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, staging / "state.safetensors")

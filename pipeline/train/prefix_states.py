@@ -49,7 +49,9 @@ class PrefixStates:
         identity = _identity(base, recipe, self.prefix, self.ids)
         hosts = gather_objects(socket.gethostname())
         # machines never share a file: a network file system does not keep their maps alike
-        root = context.cache / hosts[_rank()] if len(set(hosts)) > 1 else context.cache
+        own = hosts[context.world.rank]
+        root = context.cache / own if len(set(hosts)) > 1 else context.cache
+        self.here = [rank for rank, host in enumerate(hosts) if host == own]
         budget = min(gather_objects(room(root)))
         budget = min(budget, int(context.execution.prefix_cache_gb * 1e9))
         lengths = [len(ids) for ids in self.ids]
@@ -74,8 +76,7 @@ class PrefixStates:
         """Store what is missing; afterwards the prefix leaves memory unless some did not fit."""
         assert self.prefix is not None
         context, cache = self.context, self.cache
-        missing = cache.missing()
-        mine = _share(missing)
+        mine = cache.missing()[self.here.index(context.world.rank) :: len(self.here)]
         tokens, total, started, said = 0, sum(len(self.ids[d]) for d in mine), time.monotonic(), 0.0
         for chunk in _chunks(mine, self.ids, self.prefix.chunk_tokens):
             states = self.prefix.run([self.ids[d] for d in chunk])
@@ -116,17 +117,6 @@ class SplitStates:
     def will_need(self, document: int) -> None:
         """Read it from disk ahead of time."""
         self.states.cache.will_need(self.start + document)
-
-
-def _share(documents: Sequence[int]) -> list[int]:
-    """This process's part of ``documents`` among those of its machine."""
-    hosts = gather_objects((socket.gethostname(), _rank()))
-    here = [rank for host, rank in hosts if host == socket.gethostname()]
-    return list(documents[here.index(_rank()) :: len(here)])
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _chunks(documents: Sequence[int], ids: Sequence[Tensor], tokens: int) -> list[list[int]]:
