@@ -22,8 +22,10 @@ import torch
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.model import lora
+from pipeline.model.attention import PER_DOCUMENT
 from pipeline.model.build import DTYPES, build_model, check_dtypes
 from pipeline.model.cut import cut_of
+from pipeline.model.geometry import ARCHITECTURES
 from pipeline.recipes import SftRecipe
 from pipeline.stage import Context, arguments, main
 from pipeline.train import checkpoint
@@ -47,7 +49,10 @@ def run(
     cut, why = _cut(inputs["base"], recipe, context)
     with engine.loading(recipe):
         model, adapted = build_model(inputs["base"], recipe, context.execution, cut)
-    train, dev = (Documents(inputs["pack"], name, recipe.anchors) for name in ("train", "dev"))
+    shared = _shares_beginnings(model, recipe)
+    train, dev = (
+        Documents(inputs["pack"], name, recipe.anchors, shared) for name in ("train", "dev")
+    )
     if cut:
         PrefixStates(inputs["base"], recipe, cut, (train, dev), context).fill()
     else:
@@ -107,6 +112,14 @@ def _cut(base: Artifact, recipe: SftRecipe, context: Context) -> tuple[int, str]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{base.folder}: config.json cannot be used: {error}") from error
     return cut_of(config, recipe)
+
+
+def _shares_beginnings(model: Any, recipe: SftRecipe) -> bool:
+    """Whether a pack holds what its documents begin with once. Only one attention here can; and with
+    dropout the documents would share its mask as well."""
+    config = model.config
+    known = config.model_type in ARCHITECTURES and config._attn_implementation == PER_DOCUMENT
+    return known and not (recipe.lora and recipe.lora.dropout)
 
 
 def _on_sigterm() -> Any:

@@ -1,20 +1,19 @@
-"""Attention that keeps the documents of a pack apart, one causal call for each document.
+"""Attention that keeps the documents of a pack apart, and the choice of attention to train with.
 
 On a CPU the block-diagonal mask of a whole pack costs more than the documents themselves: a pack of
-1,024 tokens and twelve documents computes twelve times the products that are needed. And PyTorch's
-backward for CPUs is slower than plain matrix products on short documents, so theirs is written here.
+1,024 tokens and twelve documents computes twelve times the products that are needed.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.documents import documents_of
+
 PER_DOCUMENT = "per_document"
-SHORT = 192  # tokens
 
 
 def per_document(
@@ -32,92 +31,43 @@ def per_document(
     """query [1, H, T, C], key and value [1, G, T, C] -> [1, T, H, C]. Heads share keys in groups.
 
     ``document_starts`` int64 [D + 1]: where each document begins, and T; without it, one document.
+    What lies before the first of them is the beginning of every document.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in fp32
     starts = [0, query.shape[2]] if document_starts is None else document_starts.tolist()
-    output: Tensor = DocumentAttention.apply(  # type: ignore[no-untyped-call]
-        query[0], key[0], value[0], starts, scaling
-    )
+    by_token = (t[0].transpose(0, 1) for t in (query, key, value))
+    output: Tensor = DocumentAttention.apply(*by_token, starts, scaling)  # type: ignore[no-untyped-call]
     return output[None], None
 
 
 class DocumentAttention(torch.autograd.Function):
-    """Causal attention within each document: q [H, T, C], k and v [G, T, C] -> [T, H, C]."""
+    """Causal attention within each document: q [T, H, C], k and v [T, G, C] -> [T, H, C]."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float
     ) -> Tensor:
-        output = torch.empty_like(q.transpose(0, 1), memory_format=torch.contiguous_format)
-        sums = torch.empty(q.shape[:2], dtype=torch.float32)
-        for a, b in itertools.pairwise(starts):
-            heads = _heads(q, k, v, a, b)
-            one, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *heads, 0.0, True, scale=scale
-            )
-            output[a:b] = one[0].transpose(0, 1)
-            sums[:, a:b] = log_sum[0].view(len(q), b - a)
-        ctx.save_for_backward(q, k, v, output, sums)
-        ctx.starts, ctx.scale = starts, scale
+        output = torch.empty_like(q, memory_format=torch.contiguous_format)
+        ctx.parts = documents_of(tuple(starts))
+        kept = [part.forward(q, k, v, scale, output) for part in ctx.parts]
+        ctx.save_for_backward(q, k, v, output, *kept)
+        ctx.shared, ctx.scale = starts[0], scale
         return output
 
     @staticmethod
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, sums = ctx.saved_tensors
-        by_q, by_k, by_v = (torch.empty_like(t) for t in (q, k, v))
-        for a, b in itertools.pairwise(ctx.starts):
-            gradients = _short if b - a <= SHORT else _long
-            by_q[:, a:b], by_k[:, a:b], by_v[:, a:b] = gradients(
-                q[:, a:b],
-                k[:, a:b],
-                v[:, a:b],
-                output[a:b],
-                sums[:, a:b],
-                by_output[a:b],
-                ctx.scale,
+        q, k, v, output, *kept = ctx.saved_tensors
+        by_q, by_k, by_v = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)
+        )
+        by_shared = torch.zeros(2, ctx.shared, *k.shape[1:])  # fp32: a sum over documents
+        for part, own in zip(ctx.parts, kept, strict=True):
+            by_shared += part.backward(
+                (q, k, v), output, own, by_output, ctx.scale, (by_q, by_k, by_v)
             )
+        by_k[: ctx.shared] += by_shared[0]
+        by_v[: ctx.shared] += by_shared[1]
         return by_q, by_k, by_v, None, None
-
-
-def _heads(q: Tensor, k: Tensor, v: Tensor, a: int, b: int) -> tuple[Tensor, ...]:
-    """Rows a..b as [1, H, L, C] each, keys and values repeated for the heads that share them."""
-    shared = len(q) // len(k)
-    k, v = (t[:, a:b].repeat_interleave(shared, dim=0) for t in (k, v))
-    return q[None, :, a:b], k[None], v[None]
-
-
-def _short(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, sums: Tensor, by_output: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by plain products: scores and softmax in fp32, the rest in the inputs' dtype."""
-    (heads, length, size), groups = q.shape, len(k)
-    grouped_q, grouped_by = (t.reshape(groups, -1, size) for t in (q, by_output.transpose(0, 1)))
-    scores = torch.bmm(grouped_q.float(), k.float().transpose(1, 2)).view(heads, length, length)
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    p = scores.mul_(scale).sub_(sums[:, :, None]).exp_().masked_fill_(hidden, 0.0)
-    by_v = torch.bmm(p.to(v.dtype).view(groups, -1, length).transpose(1, 2), grouped_by)
-    by_p = torch.bmm(grouped_by, v.transpose(1, 2)).view(heads, length, length)
-    by_scores = torch._softmax_backward_data(by_p.float(), p, -1, torch.float32).mul_(scale)
-    by_scores = by_scores.to(q.dtype).view(groups, -1, length)
-    by_q = torch.bmm(by_scores, k).view(heads, length, size)
-    return by_q, torch.bmm(by_scores.transpose(1, 2), grouped_q), by_v
-
-
-def _long(
-    q: Tensor, k: Tensor, v: Tensor, output: Tensor, sums: Tensor, by_output: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by PyTorch's kernel, which never holds all scores."""
-    by_q, by_k, by_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        by_output.transpose(0, 1)[None],
-        *_heads(q, k, v, 0, q.shape[1]),
-        output.transpose(0, 1)[None],
-        sums[None],
-        0.0,
-        True,
-        scale=scale,
-    )
-    by_k, by_v = (t[0].unflatten(0, (len(k), -1)).sum(1) for t in (by_k, by_v))
-    return by_q[0], by_k, by_v
 
 
 def choose(config: Any, *, bf16: bool) -> str:

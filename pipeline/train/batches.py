@@ -26,11 +26,12 @@ class MicroBatch:
     """One pack of T tokens with N predicted positions.
 
     ids, positions: int64 [1, T]; positions restart at each document, which is what isolates them.
+    What all documents begin with may stand once, before the first.
     states: [1, T, hidden size], the output of the frozen prefix, or None where there is no cut.
     predict: int64 [N], where the next token is trained. labels: int64 [N]. weights: float32 [N],
     of the cross-entropy (0 where KL is the objective, and in a filler). reference: int64 [N], row
     of the base's log-probabilities, or -1. starts: int64 [D + 1] on the CPU, where each document
-    begins, and T.
+    (what it does not share) begins, and T.
     """
 
     ids: Tensor
@@ -55,9 +56,14 @@ class States(Protocol):
 
 
 class Documents:
-    """The documents of one split: tokens, trained mask, lengths, and what each is trained for."""
+    """The documents of one split: tokens, trained mask, lengths, and what each is trained for.
 
-    def __init__(self, artifact: Artifact, split: str, anchors: AnchorLoss) -> None:
+    ``share_beginnings``: a pack holds the tokens that all its documents begin with once.
+    """
+
+    def __init__(
+        self, artifact: Artifact, split: str, anchors: AnchorLoss, share_beginnings: bool = False
+    ) -> None:
         from safetensors.numpy import load_file
 
         arrays = load_file(artifact.path("tokens.safetensors"))
@@ -77,6 +83,7 @@ class Documents:
             rows += int(self.trained[self._span(d)].sum())
         self.reference_rows = rows
         self.states: States | None = None
+        self.share_beginnings = share_beginnings
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -108,8 +115,9 @@ class Documents:
         """The tensors of ``pack``; of an empty pack, a filler whose weights are all zero."""
         if not pack:
             return self._filler()
+        shared = self._shared(pack)
         ids, positions, predict, labels, weights, reference = [], [], [], [], [], []
-        offset = 0
+        starts = [shared]
         for d in pack:
             span = self._span(d)
             tokens, trained = self.ids[span], self.trained[span]
@@ -118,21 +126,37 @@ class Documents:
                 raise DataError(f"document {self.names[d]}: its first token is trained")
             is_kl = d in self._kl
             weight = self.anchors.weight if self.kind[d] == ANCHOR else 1.0
-            ids.append(tokens)
-            positions.append(np.arange(len(tokens)))
-            predict.append(at - 1 + offset)
+            ids.append(tokens[shared:])
+            positions.append(np.arange(shared, len(tokens)))
+            predict.append(at - 1 - shared + starts[-1])
             labels.append(tokens[at])
             weights.append(np.full(len(at), 0.0 if is_kl else weight, dtype=np.float32))
             first = self._kl.get(d, 0)
             reference.append(np.arange(first, first + len(at)) if is_kl else np.full(len(at), -1))
-            offset += len(tokens)
+            starts.append(starts[-1] + len(tokens) - shared)
+        ids.insert(0, self.ids[self._span(pack[0])][:shared])
+        positions.insert(0, np.arange(shared))
         flat = [np.concatenate(a) for a in (ids, positions, predict, labels, weights, reference)]
-        flat.append(np.cumsum([0, *(len(a) for a in ids)]))
-        row, places, *others = (torch.from_numpy(a) for a in flat)
+        row, places, *others = (torch.from_numpy(a) for a in (*flat, np.array(starts)))
         batch = MicroBatch(row[None], places[None], *others)
         if self.states:
-            batch.states = torch.cat(self.states.of(pack))[None]
+            states = self.states.of(pack)
+            beginning = states[0][:shared]
+            batch.states = torch.cat([beginning, *(own[shared:] for own in states)])[None]
         return batch
+
+    def _shared(self, pack: Pack) -> int:
+        """How many tokens all documents of ``pack`` begin with, where that is made use of; at least
+        one token of each, before the first that it predicts, is its own."""
+        if not self.share_beginnings or len(pack) == 1:
+            return 0
+        spans = [self._span(d) for d in pack]
+        shared = max(0, min(int(self.trained[span].argmax()) for span in spans) - 1)
+        first = self.ids[spans[0]]
+        for span in spans[1:]:
+            differs = first[:shared] != self.ids[span][:shared]
+            shared = int(differs.argmax()) if differs.any() else shared
+        return shared
 
     def _filler(self) -> MicroBatch:
         """A few real tokens that weigh nothing, so that every rank does equal collectives."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.model.attention import SHORT, per_document
+from pipeline.model.attention import per_document
+from pipeline.model.documents import SHORT
 
 PACKS = {
     "one": [40],
@@ -15,6 +18,7 @@ PACKS = {
     "around the border": [SHORT - 1, SHORT, SHORT + 1],
     "long and short": [300, 5, 210],
 }
+SHARED = 11
 
 
 def inputs(lengths: list[int], heads: int, key_heads: int, dtype: torch.dtype) -> list[Tensor]:
@@ -69,3 +73,24 @@ def test_without_starts_it_is_one_document() -> None:
     *tensors, _ = inputs([30], 4, 2, torch.float32)
     alone = per_document(torch.nn.Identity(), *tensors, None, scaling=0.25)[0]
     assert torch.equal(alone, ours(*tensors, [30]))
+
+
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_a_shared_beginning_gives_what_repeating_it_gives(lengths: list[int]) -> None:
+    *tensors, by_output = inputs([SHARED, *lengths], 6, 2, torch.float32)
+    starts = [SHARED, *(SHARED + sum(lengths[: i + 1]) for i in range(len(lengths)))]
+    got = per_document(
+        torch.nn.Identity(), *tensors, None, scaling=0.25, document_starts=torch.tensor(starts)
+    )[0]
+    beginning = torch.arange(SHARED)
+    parts = [torch.cat([beginning, torch.arange(a, b)]) for a, b in itertools.pairwise(starts)]
+    repeated = torch.cat(parts)
+    alone = [SHARED + length for length in lengths]
+    whole = expected(*(t[:, :, repeated] for t in tensors), alone)
+    own = torch.cat([torch.arange(len(p)) + sum(alone[:i]) for i, p in enumerate(parts)])
+    keep = torch.cat([beginning, own[(repeated >= SHARED)]])
+    want = whole[:, keep]
+    wanted = [want, *torch.autograd.grad(want, tensors, by_output)]
+    gotten = [got, *torch.autograd.grad(got, tensors, by_output)]
+    for left, right in zip(gotten, wanted, strict=True):
+        assert (left - right).abs().max() <= 1e-5 * right.abs().max()

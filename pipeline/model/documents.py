@@ -1,0 +1,183 @@
+"""Attention of the documents of a pack on a CPU: short ones together, padded; long ones one by one.
+
+Each call of a kernel costs more than the arithmetic of a short document, and PyTorch's backward for
+CPUs is slower than plain matrix products, so short documents of like lengths are one batch.
+
+Chats of one template begin alike. A causal model gives the tokens that all documents begin with the
+same states in each of them, so a pack can hold them once, before the documents, which all see them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+SHORT = 192  # tokens
+ALIKE = 0.7  # of the longest one's length, at least, to be padded to it
+
+Span = tuple[int, int]
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Part(Protocol):
+    """Documents that are computed together."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Tensor) -> Tensor:
+        """Write their rows of ``output`` [T, H, C]; returns what ``backward`` wants back."""
+
+    def backward(
+        self, qkv: Three, output: Tensor, kept: Tensor, by_output: Tensor, scale: float, by: Three
+    ) -> Tensor | float:
+        """Write their rows of ``by``, the gradients by q, k and v; returns those by the shared rows
+        of k and v, float32 [2, S, G, C], or 0 where nothing is shared."""
+
+
+@lru_cache(maxsize=64)
+def documents_of(starts: tuple[int, ...]) -> list[Part]:
+    """The parts of a pack. ``starts``: where each document begins, and T; what lies before the first
+    is shared by all."""
+    shared = starts[0]
+    parts: list[Part] = [Alone(0, (0, shared))] if shared > SHORT else []
+    if 0 < shared <= SHORT:
+        parts.append(Together(0, [(0, shared)]))
+    groups: list[list[Span]] = []
+    for span in sorted(itertools.pairwise(starts), key=lambda s: s[0] - s[1]):
+        if span[1] - span[0] + shared > SHORT:
+            parts.append(Alone(shared, span))
+        elif groups and _length(span) >= ALIKE * _length(groups[-1][0]):
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return parts + [Together(shared, group) for group in groups]
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
+
+
+class Together:
+    """Short documents in one batch. Scores and softmax are fp32, the rest has the inputs' dtype.
+
+    A padded key comes after every real query, so the causal mask hides it; what a padded query gives
+    is not read, and its gradient is zero.
+    """
+
+    def __init__(self, shared: int, spans: list[Span]) -> None:
+        self.shared, self.count = shared, len(spans)
+        self.length = max(_length(span) for span in spans)
+        place = torch.arange(self.length)
+        own = torch.stack([(place + a).clamp_max(b - 1) for a, b in spans])
+        real = torch.stack([place < b - a for a, b in spans]).flatten()
+        self.queries = own.flatten()
+        self.keys = torch.cat([torch.arange(shared).expand(len(spans), -1), own], 1).flatten()
+        self.padded = ~real[:, None, None]
+        self.real = real.nonzero()[:, 0]
+        self.rows = self.queries[self.real]
+        seen = torch.ones(self.length, shared + self.length, dtype=torch.bool).tril(shared)
+        self.mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Tensor) -> Tensor:
+        q, k, v = self._batches(q, k, v)
+        heads = q.shape[1] // self.length
+        scores = torch.baddbmm(
+            self.mask.repeat(heads, 1), q.float(), k.float().transpose(1, 2), alpha=scale
+        )
+        p = scores.softmax(-1).to(q.dtype)
+        self._write(output, torch.bmm(p, v), heads)
+        return p
+
+    def backward(
+        self, qkv: Three, output: Tensor, kept: Tensor, by_output: Tensor, scale: float, by: Three
+    ) -> Tensor | float:
+        q, k, v = self._batches(*qkv)
+        heads = q.shape[1] // self.length
+        incoming = by_output.index_select(0, self.queries).masked_fill_(self.padded, 0.0)
+        by_o = self._batch(incoming, self.length, len(k) // self.count)
+        by_v = torch.bmm(kept.transpose(1, 2), by_o)
+        by_p = torch.bmm(by_o, v.transpose(1, 2))
+        by_scores = torch._softmax_backward_data(by_p.float(), kept.float(), -1, torch.float32)
+        by_scores = by_scores.mul_(scale).to(q.dtype)
+        self._write(by[0], torch.bmm(by_scores, k), heads)
+        by_k = torch.bmm(by_scores.transpose(1, 2), q)
+        totals = [self._write_keys(t, g) for t, g in zip(by[1:], (by_k, by_v), strict=True)]
+        return torch.stack(totals) if self.shared else 0.0
+
+    def _batches(self, q: Tensor, k: Tensor, v: Tensor) -> Three:
+        """q [D G, (H / G) L, C]; k and v [D G, S + L, C]."""
+        groups = k.shape[1]
+        own = self._batch(q.index_select(0, self.queries), self.length, groups)
+        keys = (
+            self._batch(t.index_select(0, self.keys), self.shared + self.length, groups)
+            for t in (k, v)
+        )
+        return own, *keys  # type: ignore[return-value]
+
+    def _batch(self, rows: Tensor, length: int, groups: int) -> Tensor:
+        size = rows.shape[2]
+        split = rows.view(self.count, length, groups, -1, size).permute(0, 2, 3, 1, 4)
+        return split.reshape(self.count * groups, -1, size)
+
+    def _write(self, target: Tensor, batch: Tensor, heads: int) -> None:
+        """The real rows of ``batch`` [D G, heads x L, C] into ``target`` [T, H, C]."""
+        split = batch.view(self.count, -1, heads, self.length, batch.shape[2])
+        rows = split.permute(0, 3, 1, 2, 4).reshape(self.count * self.length, *target.shape[1:])
+        target.index_copy_(0, self.rows, rows.index_select(0, self.real))
+
+    def _write_keys(self, target: Tensor, batch: Tensor) -> Tensor:
+        """The documents' own rows into ``target`` [T, G, C]; the sum of the shared ones."""
+        split = batch.view(self.count, -1, self.shared + self.length, batch.shape[2]).transpose(
+            1, 2
+        )
+        rows = split[:, self.shared :].reshape(self.count * self.length, *target.shape[1:])
+        target.index_copy_(0, self.rows, rows.index_select(0, self.real))
+        return split[:, : self.shared].sum(0, dtype=torch.float32)
+
+
+class Alone:
+    """One long document by PyTorch's kernel, which never holds all scores."""
+
+    def __init__(self, shared: int, span: Span) -> None:
+        self.shared, self.span = shared, span
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Tensor) -> Tensor:
+        a, b = self.span
+        whole = (self._whole(t) for t in (q, k, v))
+        rows, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *whole, 0.0, True, scale=scale
+        )
+        output[a:b] = rows[0, :, self.shared :].transpose(0, 1)
+        kept: Tensor = sums
+        return kept
+
+    def backward(
+        self, qkv: Three, output: Tensor, kept: Tensor, by_output: Tensor, scale: float, by: Three
+    ) -> Tensor | float:
+        a, b = self.span
+        q, k, v = (self._whole(t) for t in qkv)
+        groups = k.shape[1]
+        shared_by = [
+            torch.nn.functional.pad(t[a:b], (0, 0, 0, 0, self.shared, 0))  # theirs is not from here
+            for t in (by_output, output)
+        ]
+        incoming, result = (t.transpose(0, 1)[None] for t in shared_by)
+        repeated = (t.repeat_interleave(q.shape[1] // groups, dim=1) for t in (k, v))
+        by_q, *by_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            incoming, q, *repeated, result, kept, 0.0, True, scale=scale
+        )
+        by[0][a:b] = by_q[0, :, self.shared :].transpose(0, 1)
+        totals = []
+        for target, gradient in zip(by[1:], by_kv, strict=True):
+            rows = gradient[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1)
+            target[a:b] = rows[self.shared :]
+            totals.append(rows[: self.shared].float())
+        return torch.stack(totals) if self.shared else 0.0
+
+    def _whole(self, t: Tensor) -> Tensor:
+        """[1, H, S + L, C]: the shared rows and its own."""
+        a, b = self.span
+        rows = torch.cat([t[: self.shared], t[a:b]]) if self.shared else t[a:b]
+        return rows.transpose(0, 1)[None]
