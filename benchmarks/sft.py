@@ -2,11 +2,12 @@
 
 python benchmarks/sft.py --json FILE [--rounds 5] [--launch one zero3x2 fsdpx2] [--rows refusals star1]
 
-Same model (SmolLM2-135M-Instruct), rows, LoRA (rank 1, up_proj, middle third), optimiser and bf16. One
-round runs every system once, in a new process, in turn (every other round backwards). A run is ten
-epochs of two steps, about 1,000 tokens a process (STAR-1: 2,000); no token is padding. "Steady" is
-epoch 2 on, the whole run includes what comes before the first step. FILE is written after each
-run; the same command goes on where it was stopped.
+Same model (SmolLM2-135M-Instruct), rows, LoRA (rank 1, up_proj, middle third), optimiser and bf16. A
+run is ten epochs of one step of about 1,000 tokens a process; no token is padding. "Steady" is epoch
+2 on; the whole run includes what comes before the first step. A round runs every system once, in a
+new process, in turn (every other round backwards). On two processes TRL runs without checkpointing,
+where it is faster. In one process the project also runs with one of its measures taken away.
+FILE is written after each run; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -23,10 +24,23 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 10
-STEPS = 2
+CAPACITY = 1024  # tokens of a pack
 LAUNCHES = {"one": ("single", 1), "zero3x2": ("zero3", 2), "fsdpx2": ("fsdp", 2)}
-SYSTEMS = ("untaxed", "trl_shipped", "trl_no_checkpointing", "plain")
-CAPACITY = {"refusals": 1024, "star1": 2048}
+PEERS = ("trl_shipped", "trl_no_checkpointing", "plain")
+WITHOUT = (
+    "without_cached_prefix",
+    "without_cached_prefix_and_with_input_gradients",
+    "without_shared_beginnings",
+    "without_document_attention",
+    "without_completion_rows",
+    "with_checkpointing",
+)
+SYSTEMS = {
+    "one": ("untaxed", *PEERS, *WITHOUT),
+    "zero3x2": ("untaxed", "trl_no_checkpointing"),
+    "fsdpx2": ("untaxed", "trl_no_checkpointing"),
+}
+KINDS = ("refusals", "star1")
 RECIPE = {
     "lora": {"targets": ["up_proj"], "layers": {"from_fraction": 0.3333, "to_fraction": 0.6667}},
     "optimizer": {"learning_rate": 0.001},
@@ -36,8 +50,8 @@ RATIOS = {
     "one_process_vs_trl_shipped": ("one", "trl_shipped"),
     "one_process_vs_trl_no_checkpointing": ("one", "trl_no_checkpointing"),
     "one_process_vs_plain": ("one", "plain"),
-    "zero3x2_vs_trl": ("zero3x2", "trl_shipped"),
-    "fsdpx2_vs_trl": ("fsdpx2", "trl_shipped"),
+    "zero3x2_vs_trl": ("zero3x2", "trl_no_checkpointing"),
+    "fsdpx2_vs_trl": ("fsdpx2", "trl_no_checkpointing"),
 }
 
 
@@ -74,35 +88,34 @@ def make_rows(kind: str, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def fill_steps(rows: list[dict[str, Any]], capacity: int, packs: int) -> list[list[int]]:
-    """``packs`` groups of consecutive rows, each as many as fit ``capacity`` tokens."""
-    groups: list[list[int]] = [[]]
-    room = capacity
-    for index, row in enumerate(rows):
-        if len(row["input_ids"]) > room:
-            if len(groups) == packs:
-                return groups
-            groups.append([])
-            room = capacity
-        groups[-1].append(index)
-        room -= len(row["input_ids"])
-    raise SystemExit(f"only {len(rows)} rows: too few for {packs} packs")
+def fill_packs(rows: list[dict[str, Any]], packs: int) -> list[list[int]]:
+    """Consecutive rows, as many as TRL's packing puts into ``packs`` rows of CAPACITY tokens, and
+    where the plain loop puts them."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    from pipeline.data.packing import best_fit_decreasing
+
+    lengths = [len(row["input_ids"]) for row in rows]
+    count = next(n for n in range(len(rows)) if sum(lengths[:n]) > packs * CAPACITY) - 1
+    while True:
+        chosen = Dataset.from_list([{"input_ids": r["input_ids"]} for r in rows[:count]])
+        bins = best_fit_decreasing(lengths[:count], CAPACITY)
+        if len(pack_dataset(chosen, CAPACITY, "bfd")) == packs and len(bins) == packs:
+            return bins
+        count -= 1
 
 
-def seal_pack(folder: Path, rows: list[dict[str, Any]], capacity: int, batch: int) -> Path:
-    """The rows as a sealed pack artifact of ``batch`` rows a step."""
+def seal_pack(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows as a sealed pack artifact of one step an epoch."""
     from pipeline import artifact as art
     from pipeline import pack
-    from pipeline.data.packing import epoch_steps
-    from pipeline.recipes import Batch
 
     documents = [row["document"] for row in rows]
-    lengths = [len(d["ids"]) for d in documents]
     final = folder / "pack-benchmark"
     staging = art.stage_folder(final)
     pack.write_tokens(staging / "tokens.safetensors", documents, [])
-    steps = [epoch_steps(lengths, [0] * len(rows), Batch(rows=batch), 0, n) for n in range(EPOCHS)]
-    (staging / "steps.json").write_text(json.dumps(steps))
+    (staging / "steps.json").write_text(json.dumps([[list(range(len(rows)))]] * EPOCHS))
     names = {"train": [d["id"] for d in documents], "dev": []}
     (staging / "documents.json").write_text(json.dumps(names))
     sealed = art.seal(
@@ -111,7 +124,7 @@ def seal_pack(folder: Path, rows: list[dict[str, Any]], capacity: int, batch: in
         stage="pack",
         stage_version=1,
         key="benchmark",
-        recipe={"pack": {"max_length": capacity}},
+        recipe={"pack": {"max_length": CAPACITY}},
         inputs={},
         facts={},
         seconds=0.0,
@@ -124,20 +137,19 @@ def prepare(kind: str, launch: str, folder: Path) -> dict[str, Any]:
     engine, processes = LAUNCHES[launch]
     folder.mkdir()
     rows = make_rows(kind, folder)
-    groups = fill_steps(rows, CAPACITY[kind], STEPS * processes)
-    chosen = [rows[i] for group in groups for i in group]
-    batch = -(-len(chosen) // STEPS)
+    packs = fill_packs(rows, processes)
+    chosen = rows[: sum(len(pack) for pack in packs)]
     documents = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in chosen]
     return {
         "engine": engine,
         "epochs": EPOCHS,
-        "capacity": CAPACITY[kind],
+        "capacity": CAPACITY,
         "base": str(next(folder.glob("base-*"))),
-        "pack": str(seal_pack(folder, chosen, CAPACITY[kind], batch)),
+        "pack": str(seal_pack(folder, chosen)),
         "ds": str(ROOT / "ds_configs" / "zero3.json"),
-        "recipe": RECIPE | {"batch": {"rows": batch}},
+        "recipe": RECIPE | {"batch": {"rows": len(chosen)}},
         "documents": documents,
-        "steps": groups,
+        "steps": packs,
         "tokens": sum(len(d["input_ids"]) for d in documents),
     }
 
@@ -161,6 +173,22 @@ def run_once(system: str, spec: dict[str, Any], processes: int) -> list[dict[str
         return [json.loads(file.read_text()) for file in found]
 
 
+def measure(system: str, spec: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Tokens/s (real input tokens) by the slowest rank's clock; the largest rank's peak memory."""
+    ranks = run_once(system, spec, processes)
+    slowest = max(ranks, key=lambda rank: rank["seconds"])
+    if slowest["steps"] != EPOCHS:
+        raise SystemExit(f"{system}: {slowest['steps']} steps, wanted {EPOCHS}")
+    tokens = spec["tokens"]
+    return {
+        "steady": tokens * (EPOCHS - 1) / slowest["later_seconds"],
+        "whole": tokens * EPOCHS / slowest["seconds"],
+        "first": tokens / slowest["first_epoch_seconds"],
+        "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
+        "losses": slowest["losses"],
+    }
+
+
 def summary(runs: list[dict[str, Any]], key: str) -> dict[str, Any]:
     speeds = [run[key] for run in runs]
     return {"median": statistics.median(speeds), "low": min(speeds), "high": max(speeds)}
@@ -177,7 +205,7 @@ def report(data: dict[str, Any]) -> dict[str, Any]:
             "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
             "rounds": len(runs),
         }
-    for kind in CAPACITY:
+    for kind in KINDS:
         for ratio, (launch, other) in RATIOS.items():
             ours, theirs = (cells.get(f"{kind}/{launch}/{s}") for s in ("untaxed", other))
             if ours and theirs:
@@ -194,7 +222,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, required=True)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--launch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
-    options.add_argument("--rows", nargs="+", choices=CAPACITY, default=list(CAPACITY))
+    options.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
     given = options.parse_args()
     data = json.loads(given.json.read_text()) if given.json.exists() else {"runs": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -203,31 +231,19 @@ def main() -> None:
             for kind in given.rows
             for launch in given.launch
         }
-        for number in range(given.rounds):
-            for (kind, launch), spec in specs.items():
-                systems = SYSTEMS if launch == "one" else SYSTEMS[:3]
-                for system in systems if number % 2 == 0 else systems[::-1]:
+        for (kind, launch), spec in specs.items():
+            for number in range(given.rounds):
+                for system in SYSTEMS[launch][:: 1 if number % 2 == 0 else -1]:
                     name = f"{kind}/{launch}/{system}"
                     runs = data["runs"].setdefault(name, [])
                     if len(runs) > number:
                         continue
-                    ranks = run_once(system, spec, LAUNCHES[launch][1])
-                    slowest = max(ranks, key=lambda rank: rank["seconds"])
-                    tokens = spec["tokens"]
-                    runs.append(
-                        {
-                            "steady": tokens * (EPOCHS - 1) / slowest["later_seconds"],
-                            "whole": tokens * EPOCHS / slowest["seconds"],
-                            "first": tokens / slowest["first_epoch_seconds"],
-                            "peak_bytes": max(rank["peak_bytes"] for rank in ranks),
-                            "losses": slowest["losses"],
-                        }
-                    )
+                    runs.append(measure(system, spec, LAUNCHES[launch][1]))
                     data |= report(data)
                     given.json.write_text(json.dumps(data, indent=1) + "\n")
                     last = runs[-1]
                     print(
-                        f"round {number + 1} {name:<38} steady {last['steady']:7.1f} tok/s  whole"
+                        f"round {number + 1} {name:<62} steady {last['steady']:7.1f} tok/s  whole"
                         f" {last['whole']:7.1f}  peak {last['peak_bytes'] / 1e9:.2f} GB  loss"
                         f" {last['losses'][0]:.3f} -> {last['losses'][1]:.3f}",
                         flush=True,

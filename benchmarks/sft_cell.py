@@ -51,11 +51,11 @@ class Clock:
         }
 
 
-def untaxed(spec: dict[str, Any]) -> dict[str, Any]:
+def untaxed(spec: dict[str, Any], **execution: Any) -> dict[str, Any]:
     from rich.console import Console
 
     from pipeline import sft
-    from pipeline.recipes import SftRecipe
+    from pipeline.recipes import Execution, SftRecipe
     from pipeline.stage import Context, Solo
     from pipeline.train.world import init_world
 
@@ -68,13 +68,14 @@ def untaxed(spec: dict[str, Any]) -> dict[str, Any]:
                 clock.tick()
                 losses.append(values["loss"])
 
-    fill = sft.PrefixStates.fill
+    built = sft.build_model
 
-    def timed_fill(self: Any) -> None:
+    def timed_build(*arguments: Any) -> Any:
+        made = built(*arguments)
         clock.begin()
-        fill(self)
+        return made
 
-    sft.PrefixStates.fill = timed_fill  # type: ignore[method-assign]
+    sft.build_model = timed_build
     scratch = Path(spec["scratch"])
     context = Timed(
         scratch=scratch,
@@ -84,12 +85,66 @@ def untaxed(spec: dict[str, Any]) -> dict[str, Any]:
             "engine": None if spec["engine"] == "zero3" else spec["engine"],
         },
         console=Console(quiet=True),
+        execution=Execution(**execution),
     )
     inputs = {name: art.open_artifact(Path(spec[name])) for name in ("base", "pack")}
     out = scratch / "out"
     out.mkdir(exist_ok=True)
     sft.run(SftRecipe.model_validate(spec["recipe"]), inputs, out, context)
     return clock.result(spec, losses)
+
+
+def without_cached_prefix_and_with_input_gradients(spec: dict[str, Any]) -> dict[str, Any]:
+    """Backward goes down to the embedding, as where gradient checkpointing is switched on."""
+    from pipeline import sft
+
+    built = sft.build_model
+
+    def build(*arguments: Any) -> Any:
+        model, adapted = built(*arguments)
+        model.enable_input_require_grads()
+        return model, adapted
+
+    sft.build_model = build
+    return untaxed(spec, frozen_prefix=False)
+
+
+def without_shared_beginnings(spec: dict[str, Any]) -> dict[str, Any]:
+    from pipeline import sft
+
+    sft._shares_beginnings = lambda model, recipe: False
+    return untaxed(spec)
+
+
+def without_document_attention(spec: dict[str, Any]) -> dict[str, Any]:
+    """PyTorch's attention with the mask of the whole pack."""
+    from pipeline.model import build
+
+    build.choose = lambda config, bf16: "sdpa"
+    return untaxed(spec)
+
+
+def without_completion_rows(spec: dict[str, Any]) -> dict[str, Any]:
+    """Logits of all tokens at once."""
+    from pipeline.train.loss import SftModule
+
+    decode = SftModule._decode
+
+    def every_row(self: Any, batch: Any) -> Tensor:
+        head, self.model.lm_head = self.model.lm_head, torch.nn.Identity()
+        chunked, self.chunked = self.chunked, True
+        predict, batch.predict = batch.predict, slice(None)
+        hidden = decode(self, batch)
+        batch.predict, self.chunked, self.model.lm_head = predict, chunked, head
+        return torch.nn.functional.linear(hidden, head.weight)[predict].float()
+
+    def whole(self: Any, model: Any) -> None:
+        torch.nn.Module.__init__(self)
+        self.model, self.chunked = model, False
+
+    SftModule._decode = every_row  # type: ignore[method-assign]
+    SftModule.__init__ = whole  # type: ignore[method-assign,assignment]
+    return untaxed(spec)
 
 
 def peft_model(spec: dict[str, Any]) -> Any:
@@ -187,6 +242,12 @@ def trl(spec: dict[str, Any], checkpointing: bool) -> dict[str, Any]:
 
 SYSTEMS = {
     "untaxed": untaxed,
+    "without_cached_prefix": lambda spec: untaxed(spec, frozen_prefix=False),
+    "without_cached_prefix_and_with_input_gradients": without_cached_prefix_and_with_input_gradients,
+    "without_shared_beginnings": without_shared_beginnings,
+    "without_document_attention": without_document_attention,
+    "without_completion_rows": without_completion_rows,
+    "with_checkpointing": lambda spec: untaxed(spec, activation_checkpointing=True),
     "plain": plain,
     "trl_shipped": lambda spec: trl(spec, True),
     "trl_no_checkpointing": lambda spec: trl(spec, False),
