@@ -68,8 +68,9 @@ def run(
     context.log(f"sft: {engine.name} x {world.size}, {count:,} trainable parameters")
     probe_isolation(engine, train, DTYPES[recipe.precision])
     capacity = int(inputs["pack"].manifest.recipe["pack"]["max_length"])
+    base = _base_identity(inputs["base"], recipe, cut, model)
     splits = [
-        Split(d, reference(engine, d, capacity, recipe.anchors.top_k, world.rank, world.size))
+        Split(d, reference(engine, d, capacity, recipe.anchors.top_k, context, base))
         for d in (train, dev)
     ]
     trainer = Trainer(
@@ -94,6 +95,18 @@ def run(
     if world.rank == 0:
         write_history(out / "metrics.jsonl", end.history)
     return _facts(recipe, engine, context, count, end, named)
+
+
+def _base_identity(base: Artifact, recipe: SftRecipe, cut: int, model: Any) -> dict[str, Any]:
+    """What decides a bit of the base's predictions, beside documents, engine and machine."""
+    return {
+        "base": base.digest,
+        "cut": cut,
+        "full": recipe.lora is None,
+        "precision": recipe.precision,
+        "quantization": recipe.quantization,
+        "attention": model.config._attn_implementation,
+    }
 
 
 def _elements(parameter: torch.nn.Parameter) -> int:

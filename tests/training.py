@@ -10,10 +10,10 @@ from typing import Any
 from parts import conversations, seal_as
 from rich.console import Console
 
-from pipeline import pack
+from pipeline import pack, sft
 from pipeline.artifact import Artifact
 from pipeline.graph import PackStep
-from pipeline.recipes import Batch, ChatRecipe, PackRecipe
+from pipeline.recipes import Batch, ChatRecipe, Execution, PackRecipe, SftRecipe
 from pipeline.stage import Context
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +25,7 @@ RECIPE: dict[str, Any] = {
     "epochs": 10,
     "precision": "fp32",
 }
+KL = RECIPE | {"epochs": 2, "anchors": {"objective": "kl", "weight": 0.5}}
 
 
 def make_pack(runs: Path, base: Artifact, epochs: int, rows: int = 4, anchors: int = 4) -> Artifact:
@@ -47,3 +48,19 @@ def losses(folder: Path) -> list[float]:
     """Training loss of every step."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def train(
+    folder: Path, inputs: dict[str, Artifact], recipe: dict[str, Any], cache: Path, **execution: Any
+) -> Path:
+    """Train in one process; returns the folder of adapters and metrics."""
+    (folder / "scratch").mkdir(parents=True)
+    context = Context(
+        scratch=folder / "scratch",
+        cache_at=cache,
+        execution=Execution(**execution),
+        options={"engine": "single"},
+        console=Console(quiet=True),
+    )
+    sft.run(SftRecipe.model_validate(recipe), inputs, folder, context)
+    return folder

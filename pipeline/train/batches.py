@@ -92,6 +92,10 @@ class Documents:
         """Token ids of one document, int64 [T]."""
         return torch.from_numpy(self.ids[self._span(d)])
 
+    def trained_of(self, d: int) -> Tensor:
+        """Which tokens of one document are trained, bool [T]."""
+        return torch.from_numpy(self.trained[self._span(d)])
+
     def _span(self, d: int) -> slice:
         return slice(int(self.starts[d]), int(self.starts[d + 1]))
 

@@ -29,6 +29,7 @@ from pipeline.artifact import canonical
 from pipeline.errors import UntaxedError
 
 STATES, CHECKSUMS, IDENTITY = "hidden.bin", "checksums.bin", "identity.json"
+KINDS = ("prefix", "reference")  # what folders of caches begin with
 KEY = 16  # hexadecimal digits
 WRITTEN = 1 << 32  # added to a CRC-32, so that zero says "not stored"
 
@@ -51,12 +52,12 @@ class PrefixCache:
         self.starts, self.width, self.dtype = starts[: self.kept + 1], width, dtype
         shape = {"kept": self.kept, "tokens": int(self.starts[-1]), "width": width}
         everything = {**identity, **shape, "dtype": str(dtype)}
-        key = hashlib.sha256(canonical(everything).encode()).hexdigest()[:KEY]
-        self.folder = root / f"prefix-{key}"
+        self.folder = root / f"prefix-{key_of(everything)}"
         self.bytes = int(self.starts[-1]) * row_bytes
         root.mkdir(parents=True, exist_ok=True)
-        with _alone(root):
-            self._make_room(root, budget_bytes)
+        with alone(root):
+            if self.kept:
+                make_room(root, self.folder, self.bytes, budget_bytes)
             self.folder.mkdir(exist_ok=True)
             self.mapped = _map(self.folder / STATES, self.bytes)
             checksums = _map(self.folder / CHECKSUMS, self.kept * 8)
@@ -65,17 +66,6 @@ class PrefixCache:
         self.states = torch.frombuffer(self.mapped, dtype=torch.uint8)
         self.checksums = np.frombuffer(checksums, np.uint64)
         self.known: set[int] = set()
-
-    def _make_room(self, root: Path, budget_bytes: int) -> None:
-        """Remove the caches that were used longest ago; who still reads one keeps its memory."""
-        others = [folder for folder in caches(root) if folder != self.folder] if self.kept else []
-        others.sort(key=lambda folder: folder.stat().st_mtime)
-        total = self.bytes + sum(_size(folder) for folder in others)
-        for folder in others:
-            if total <= budget_bytes:
-                return
-            total -= _size(folder)
-            shutil.rmtree(folder, ignore_errors=True)
 
     def missing(self) -> list[int]:
         """Documents that have a place but no valid states; a valid one is looked at once."""
@@ -114,9 +104,15 @@ class PrefixCache:
         return WRITTEN + zlib.crc32(self._rows(document).view(torch.uint8).numpy().data)
 
 
+def key_of(identity: Mapping[str, Any]) -> str:
+    """What the folder's name ends in: a hash of all that decides a bit of the content."""
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:KEY]
+
+
 def caches(root: Path) -> list[Path]:
-    """The folders of caches below ``root``, and no other folder."""
-    return [f for f in root.glob("prefix-" + "[0-9a-f]" * KEY) if (f / IDENTITY).is_file()]
+    """The folders of caches below ``root``, of either kind, and no other folder."""
+    named = (f for kind in KINDS for f in root.glob(f"{kind}-" + "[0-9a-f]" * KEY))
+    return [folder for folder in named if (folder / IDENTITY).is_file()]
 
 
 def room(root: Path) -> int:
@@ -126,8 +122,21 @@ def room(root: Path) -> int:
     return sum(_size(folder) for folder in caches(root)) + shutil.disk_usage(root).free * 4 // 5
 
 
+def make_room(root: Path, folder: Path, size: int, budget_bytes: int) -> None:
+    """Remove the caches that were used longest ago until ``folder`` may have ``size`` bytes; who
+    still reads one that is mapped keeps its memory."""
+    others = [other for other in caches(root) if other != folder]
+    others.sort(key=lambda other: other.stat().st_mtime)
+    total = size + sum(_size(other) for other in others)
+    for other in others:
+        if total <= budget_bytes:
+            return
+        total -= _size(other)
+        shutil.rmtree(other, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def alone(root: Path) -> Iterator[None]:
     """One process at a time makes, maps and removes folders below ``root``."""
     with (root / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -164,4 +173,9 @@ def _reserve(opened: int, path: Path, size: int) -> None:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+    """Bytes of its files; another process may be removing or replacing them."""
+    size = 0
+    with contextlib.suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            size += file.stat().st_size
+    return size

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import socket
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.artifact import Artifact
 from pipeline.model.prefix import Prefix
 from pipeline.recipes import SftRecipe
 from pipeline.train.batches import Documents
-from pipeline.train.prefix_cache import PrefixCache, room
-from pipeline.train.world import device, gather_objects
+from pipeline.train.cache_place import digest_of, machine, place
+from pipeline.train.prefix_cache import PrefixCache
+from pipeline.train.reference_cache import reference_bytes
+from pipeline.train.world import device
 
 if TYPE_CHECKING:
     from pipeline.stage import Context
 
 LINE_SECONDS = 15.0
 VERSION = 2  # of this code; raise it when it gives other bits
-LIBRARIES = ("torch", "transformers", "bitsandbytes", "flash-attn")
 
 
 class PrefixStates:
@@ -47,13 +43,9 @@ class PrefixStates:
         self.prefix: Prefix | None = Prefix(base.folder, recipe, cut, device())
         self.ids = [d.tokens_of(i) for d in splits for i in range(len(d))]
         identity = _identity(base, recipe, self.prefix, self.ids)
-        hosts = gather_objects(socket.gethostname())
-        # machines never share a file: a network file system does not keep their maps alike
-        own = hosts[context.world.rank]
-        root = context.cache / own if len(set(hosts)) > 1 else context.cache
-        self.here = [rank for rank, host in enumerate(hosts) if host == own]
-        budget = min(gather_objects(room(root)))
-        budget = min(budget, int(context.execution.prefix_cache_gb * 1e9))
+        root, self.here, budget = place(context)
+        kept_rows = (reference_bytes(d.reference_rows, recipe.anchors.top_k) for d in splits)
+        budget = max(0, budget - sum(kept_rows))  # else each run would push out the other's cache
         lengths = [len(ids) for ids in self.ids]
         width, dtype = self.prefix.width, self.prefix.dtype
         self.cache = PrefixCache(root, identity, lengths, width, dtype, budget)
@@ -136,32 +128,12 @@ def _identity(
     base: Artifact, recipe: SftRecipe, prefix: Prefix, ids: Sequence[Tensor]
 ) -> dict[str, Any]:
     """Everything that decides a bit of the states."""
-    tokens = hashlib.sha256()
-    for document in ids:
-        tokens.update(len(document).to_bytes(8, "little"))
-        tokens.update(document.numpy().tobytes())
-    place = device()
-    on_gpu = place.type == "cuda"
     return {
         "base": base.digest,
         "cut": prefix.cut,
-        "tokens": tokens.hexdigest(),
+        "tokens": digest_of(ids),
         "quantization": recipe.quantization,
         "attention": prefix.decoder.config._attn_implementation,
         "version": VERSION,
-        "libraries": {name: _version(name) for name in LIBRARIES},
-        "cuda": torch.version.cuda if on_gpu else None,
-        "processor": torch.cuda.get_device_name(place) if on_gpu else _cpu_name(),
-        "threads": 0 if on_gpu else torch.get_num_threads(),
+        **machine(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,4 +1,4 @@
-"""The base's own predictions on anchor rows, taken once, before the first update.
+"""The base's own predictions on anchor rows, taken once, before the first update, and kept on disk.
 
 At that point the adapter changes nothing (B is zero, or the origin is subtracted), so the model is
 the base. And the start-up probe: packed documents must predict what they predict alone.
@@ -6,31 +6,73 @@ the base. And the start-up probe: packed documents must predict what they predic
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
 from pipeline.data.packing import share
 from pipeline.errors import UntaxedError
 from pipeline.train.batches import Documents
+from pipeline.train.cache_place import digest_of
 from pipeline.train.engine import Engine
+from pipeline.train.loop import set_dropout
 from pipeline.train.loss import Reference
+from pipeline.train.reference_cache import ReferenceCache
 from pipeline.train.world import device, gather_objects
+
+if TYPE_CHECKING:
+    from pipeline.stage import Context
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
-@torch.no_grad()
 def reference(
-    engine: Engine, documents: Documents, capacity: int, top_k: int, rank: int, world_size: int
+    engine: Engine,
+    documents: Documents,
+    capacity: int,
+    top_k: int,
+    context: Context,
+    identity: Mapping[str, Any],
 ) -> Reference | None:
-    """Reference rows [M, k] of all KL documents, the same on every rank; None without any."""
-    chosen = documents.kl_documents
-    if not chosen:
+    """Reference rows [M, k] of all KL documents, the same on every rank; None without any.
+
+    Read from the cache where they are stored under ``identity``, all that decides a bit of them
+    beside the documents and the machine.
+    """
+    if not documents.kl_documents:
         return None
-    lengths = documents.lengths
+    what = {
+        **identity,
+        "engine": engine.name,
+        "capacity": capacity,
+        "tokens": digest_of([documents.tokens_of(d) for d in documents.kl_documents]),
+        "trained": digest_of([documents.trained_of(d) for d in documents.kl_documents]),
+    }
+    cache = ReferenceCache(context, what, documents.reference_rows, top_k)
+    found = cache.load()
+    if found is None:
+        with torch.random.fork_rng():  # read or computed, training draws the same numbers after it
+            set_dropout(engine.module, on=False)
+            found = _compute(engine, documents, capacity, top_k, context)
+            set_dropout(engine.module, on=True)
+        cache.save(found)
+    return found
+
+
+@torch.no_grad()
+def _compute(
+    engine: Engine, documents: Documents, capacity: int, top_k: int, context: Context
+) -> Reference:
+    """The packs are those of a lone process, whatever the number of ranks that they are dealt to:
+    the shape of a pack decides the last bits."""
+    packs = share(documents.kl_documents, documents.lengths, capacity, 1)[0]
+    rank, size = context.world.rank, context.world.size
+    packs += [[]] * (-len(packs) % size)
     want = Reference(torch.zeros(0, top_k, dtype=torch.int64), torch.zeros(0, top_k))
     mine: list[tuple[Tensor, Tensor, Tensor]] = []
-    for pack in share(chosen, lengths, capacity, world_size)[rank]:
+    for pack in packs[rank::size]:
         batch = documents.micro_batch(pack)
         ids, log_probs = engine.forward(batch.to(device()), want, want="top_k")
         if pack:

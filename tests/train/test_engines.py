@@ -90,6 +90,15 @@ def test_same_adapter(folder: Path, engine: str) -> None:
         assert (got[key] - tensor).abs().mean() <= 2e-3 * tensor.abs().mean() + 1e-6, key
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+def test_two_processes_take_the_same_reference_to_the_bit(folder: Path, engine: str) -> None:
+    """Else a cached one would not be what another world size computes."""
+    (expected,) = (folder / "kl" / "cache").glob("reference-*/rows.bin")
+    (got,) = (folder / "kl" / engine / "scratch" / "cache").glob("reference-*/rows.bin")
+    assert got.read_bytes() == expected.read_bytes()
+
+
 def test_full_fine_tuning_in_bf16_is_close_to_fp32(
     folder: Path, tmp_path: Path, inputs: dict[str, Artifact]
 ) -> None:
