@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.recipes import Batch
+if TYPE_CHECKING:
+    from pipeline.recipes import Batch
 
 Pack = list[int]
 Step = list[int]

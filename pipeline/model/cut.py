@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from pipeline.model.geometry import ARCHITECTURES
-from pipeline.recipes import SftRecipe
+
+if TYPE_CHECKING:
+    from pipeline.recipes import SftRecipe
 
 
 class Passed(nn.Module):

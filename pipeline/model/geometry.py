@@ -6,10 +6,12 @@ The counts are exact for the four architectures that ``Geometry`` knows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipes import Geometry, Job, LoraRecipe
+
+if TYPE_CHECKING:
+    from pipeline.recipes import Geometry, Job, LoraRecipe
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 BF16_BYTES = 2
@@ -21,6 +23,8 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     DataError for another architecture, for a size that is missing, and for the optional biases that
     no model of these families is published with.
     """
+    from pipeline.recipes import Geometry
+
     architecture = config.get("model_type")
     if architecture not in ARCHITECTURES:
         raise DataError(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.recipes import OptimizerRecipe, SftRecipe
 from pipeline.train.loss import SftModule
+
+if TYPE_CHECKING:
+    from pipeline.recipes import OptimizerRecipe, SftRecipe
 
 State = dict[str, Tensor]
 

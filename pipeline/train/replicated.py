@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pipeline.model.lora import LoraLinear
-from pipeline.recipes import SftRecipe
 from pipeline.train.engine import State, adamw, trainable
 from pipeline.train.loss import SftModule
 from pipeline.train.world import device
+
+if TYPE_CHECKING:
+    from pipeline.recipes import SftRecipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
