@@ -13,14 +13,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipes import LoraRecipe
+
+if TYPE_CHECKING:
+    from pipeline.recipes import LoraRecipe
 
 PREFIX = "base_model.model."
 BASE_DIGEST = "untaxed_base_digest"
@@ -50,10 +52,14 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
         h = self.dropout(x).to(torch.float32)
-        update = functional.linear(functional.linear(h, self.lora_A), self.lora_B)
+        update = self._product(h, self.lora_A, self.lora_B)
         if self.origin_A is not None and self.origin_B is not None:
-            update = update - functional.linear(functional.linear(h, self.origin_A), self.origin_B)
-        return y + (self.scale * update).to(y.dtype)
+            update = update - self._product(h, self.origin_A, self.origin_B)
+        return y + update.to(y.dtype)
+
+    def _product(self, h: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The scale goes to the small side: on the wide one it would cost two passes over memory."""
+        return functional.linear(self.scale * functional.linear(h, a), b)
 
     def adapter_to(self, device: torch.device) -> None:
         """Move what was added to the base, not the base."""
