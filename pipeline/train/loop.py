@@ -94,15 +94,17 @@ class Trainer:
         documents = self.train.documents
         targets, kl_targets = documents.targets(step)
         scales = Scales(1.0 / max(1, targets), self.recipe.anchors.weight / max(1, kl_targets))
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = []
         for pack in self._packs(self.train, step):
             batch = documents.micro_batch(pack).to(device())
             loss, cross_entropy, kl = self.engine.forward(batch, self.train.reference, scales)
             self._require_finite(loss, index, pack)
             self.engine.backward(loss)
-            sums += torch.stack([cross_entropy.detach(), kl.detach()]).cpu()
+            # left on the device: the next pack is made ready while this one's backward pass runs
+            sums.append(torch.stack([cross_entropy.detach(), kl.detach()]))
         bad = not (self.watch.all_finite() and self.engine.gradient_finite())
-        ce_sum, kl_sum, bad_ranks = sum_over_ranks([*sums.tolist(), float(bad)])
+        both = torch.stack(sums).cpu().double().sum(0)
+        ce_sum, kl_sum, bad_ranks = sum_over_ranks([*both.tolist(), float(bad)])
         if bad_ranks:
             raise UntaxedError(
                 f"sft: step {index + 1}: a gradient is not finite (documents"
