@@ -1,7 +1,8 @@
-"""Attention that keeps the documents of a pack apart, and the choice of attention to train with.
+"""Attention that keeps the documents of a pack apart, without a mask over the whole pack.
 
-On a CPU the block-diagonal mask of a whole pack costs more than the documents themselves: a pack of
-1,024 tokens and twelve documents computes twelve times the products that are needed.
+On a GPU that is FlashAttention with the documents' borders. On a CPU the block-diagonal mask of a
+whole pack costs more than the documents themselves: a pack of 1,024 tokens and twelve documents
+computes twelve times the products that are needed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,23 @@ from torch import Tensor, nn
 
 from pipeline.model.documents import documents_of
 
-PER_DOCUMENT = "per_document"
+PER_DOCUMENT, VARLEN = "per_document", "varlen"
+AMPERE = (8, 0)  # compute capability from which on PyTorch's FlashAttention works
+
+
+def borders(starts: Tensor, device: torch.device) -> dict[str, Any]:
+    """What every layer's attention on ``device`` has to know of the documents of a pack, made once.
+
+    starts: int64 [D + 1] on the CPU, where each document begins, and T. The names for a GPU are
+    those that FlashAttention in transformers takes, which otherwise reads the borders from the
+    position ids, and has the CPU wait for the GPU, in each layer.
+    """
+    if device.type == "cpu":
+        return {"document_starts": starts}
+    at = starts.to(torch.int32).to(device, non_blocking=True)
+    longest = int(starts.diff().max())
+    names = ("cu_seq_lens_q", "cu_seq_lens_k"), ("max_length_q", "max_length_k")
+    return dict.fromkeys(names[0], at) | dict.fromkeys(names[1], longest)
 
 
 def per_document(
@@ -70,23 +87,58 @@ class DocumentAttention(torch.autograd.Function):
         return by_q, by_k, by_v, None, None
 
 
-def choose(config: Any, *, bf16: bool) -> str:
-    """The attention to train with: per document on a CPU, FlashAttention on a GPU that has it, else
-    PyTorch's own; the last two tell documents apart by their position ids.
+def varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """All documents in one call of the FlashAttention that comes with PyTorch for CUDA; shapes as in
+    ``per_document``, ``cu_seq_lens_q`` int32 [D + 1]; without it, one document."""
+    from torch.nn.attention.varlen import varlen_attn
 
-    On a CPU a model with a sliding window or dropout gets PyTorch's own: the window is in its mask.
+    q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    at, longest = cu_seq_lens_q, max_length_q
+    if at is None or longest is None:
+        longest = len(q)
+        at = torch.arange(0, longest + 1, longest, dtype=torch.int32, device=q.device)
+    output: Tensor = varlen_attn(
+        q, k, v, at, at, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
+    )
+    return output[None], None
+
+
+def choose(config: Any, *, bf16: bool) -> str:
+    """The attention to train with: per document on a CPU; on a GPU, in bf16, FlashAttention, of its
+    own package where that is installed, else PyTorch's; and in what is left PyTorch's attention with
+    a mask, which transformers makes from the position ids.
+
+    Left are fp32 on a GPU, and models with a sliding window or dropout without the package.
     """
     from transformers import AttentionInterface
     from transformers.utils import is_flash_attn_2_available
 
-    if torch.cuda.is_available() and is_flash_attn_2_available() and bf16:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and is_flash_attn_2_available() and bf16:
         return "flash_attention_2"
 
     windowed = getattr(config, "sliding_window", None) and getattr(
         config, "use_sliding_window", True
     )
     dropout = getattr(config, "attention_dropout", 0.0)
-    if torch.cuda.is_available() or windowed or dropout:
+    if windowed or dropout:
         return "sdpa"
-    AttentionInterface.register(PER_DOCUMENT, per_document)
-    return PER_DOCUMENT
+    if not on_gpu:
+        AttentionInterface.register(PER_DOCUMENT, per_document)
+        return PER_DOCUMENT
+    if not bf16 or torch.cuda.get_device_capability() < AMPERE:
+        return "sdpa"
+    AttentionInterface.register(VARLEN, varlen)
+    return VARLEN

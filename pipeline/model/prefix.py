@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.attention import choose
+from pipeline.model.attention import borders, choose
 from pipeline.model.build import DTYPES
 from pipeline.model.cut import Passed
 from pipeline.model.shards import open_checkpoint
@@ -62,8 +62,10 @@ class Prefix:
         return [h[0].cpu() for h in hidden]
 
     def _through(self, hidden: Tensor) -> Tensor:
-        positions = torch.arange(hidden.shape[1], device=self.device)[None]
-        output = self.decoder(inputs_embeds=hidden, position_ids=positions, use_cache=False)
+        length = hidden.shape[1]
+        positions = torch.arange(length, device=self.device)[None]
+        one = borders(torch.tensor([0, length]), self.device)
+        output = self.decoder(inputs_embeds=hidden, position_ids=positions, use_cache=False, **one)
         last: Tensor = output.last_hidden_state
         return last
 

@@ -6,16 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.artifact import Artifact
 from pipeline.data.packing import Pack, Step
 from pipeline.errors import DataError
-from pipeline.recipes import AnchorLoss
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Artifact
+    from pipeline.recipes import AnchorLoss
 
 ANCHOR = 2
 FILLER_TOKENS = 4
@@ -29,9 +31,9 @@ class MicroBatch:
     What all documents begin with may stand once, before the first.
     states: [1, T, hidden size], the output of the frozen prefix, or None where there is no cut.
     predict: int64 [N], where the next token is trained. labels: int64 [N]. weights: float32 [N],
-    of the cross-entropy (0 where KL is the objective, and in a filler). reference: int64 [N], row
-    of the base's log-probabilities, or -1. starts: int64 [D + 1] on the CPU, where each document
-    (what it does not share) begins, and T.
+    of the cross-entropy (0 where KL is the objective, and in a filler). Always on the CPU:
+    reference, int64 [N], row of the base's log-probabilities, or -1; starts, int64 [D + 1], where
+    each document (what it does not share) begins, and T.
     """
 
     ids: Tensor
@@ -44,8 +46,16 @@ class MicroBatch:
     states: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        given = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "starts"}
-        return replace(self, **{f: t.to(device) for f, t in given.items() if t is not None})
+        names = ("ids", "positions", "predict", "labels", "weights", "states")
+        given = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: to_device(t, device) for n, t in given.items() if t is not None})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``; a GPU need not have done what it was given before."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class States(Protocol):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.model.attention import borders
 from pipeline.model.geometry import ARCHITECTURES
-from pipeline.train.batches import MicroBatch
+from pipeline.train.batches import MicroBatch, to_device
 from pipeline.train.head import ChunkedHead, WithGradient
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass
 class Reference:
-    """The base's ``k`` largest log-probabilities at every anchor target.
+    """The base's ``k`` largest log-probabilities at every anchor target, on the CPU.
 
     ids: int64 [M, k]; log_probs: float32 [M, k].
     """
@@ -106,7 +107,7 @@ class SftModule(nn.Module):
     def _decode(self, batch: MicroBatch) -> Tensor:
         """What predicts, [N, hidden size], where the head is chunked; else logits, float32 [N, V]."""
         options: dict[str, Any] = {"position_ids": batch.positions, "use_cache": False}
-        options["document_starts"] = batch.starts
+        options |= borders(batch.starts, batch.positions.device)
         if batch.states is None:
             options["input_ids"] = batch.ids
         else:
@@ -143,13 +144,14 @@ def _kl(log_p: Tensor, rows: Tensor, reference: Reference) -> Tensor:
 
     Rows that are no anchors weigh nothing but stay on the graph: ZeRO-3 wants one trace on all ranks.
     """
-    at = rows.clamp_min(0).to(reference.ids.device)
-    base_log = reference.log_probs[at].to(log_p.device)
-    model_top = log_p.gather(1, reference.ids[at].to(log_p.device))
+    at = rows.clamp_min(0)
+    base_log = to_device(reference.log_probs[at], log_p.device)
+    model_top = log_p.gather(1, to_device(reference.ids[at], log_p.device))
     base_top_p = base_log.exp()
     head = (base_top_p * (base_log - model_top)).sum(-1)
     tiny = torch.finfo(torch.float32).eps
     base_rest = (1.0 - base_top_p.sum(-1)).clamp_min(tiny)
     model_rest = (1.0 - model_top.exp().sum(-1)).clamp_min(tiny)
     divergence = head + base_rest * (base_rest.log() - model_rest.log())
-    return torch.where(rows >= 0, divergence, torch.zeros_like(divergence)).sum()
+    anchors = to_device(rows >= 0, log_p.device)
+    return torch.where(anchors, divergence, torch.zeros_like(divergence)).sum()

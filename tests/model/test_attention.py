@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.attention import per_document
+from pipeline.model.attention import VARLEN, borders, per_document, varlen
 from pipeline.model.documents import SHORT
+from pipeline.model.lora import LoraLinear
+from pipeline.train.batches import MicroBatch
+from pipeline.train.loss import SftModule
 
 PACKS = {
     "one": [40],
@@ -94,3 +98,58 @@ def test_a_shared_beginning_gives_what_repeating_it_gives(lengths: list[int]) ->
     gotten = [got, *torch.autograd.grad(got, tensors, by_output)]
     for left, right in zip(gotten, wanted, strict=True):
         assert (left - right).abs().max() <= 1e-5 * right.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
+def test_on_a_gpu_it_is_as_close_to_fp32_as_pytorch_with_a_mask(lengths: list[int]) -> None:
+    device = torch.device("cuda")
+    *tensors, by_output = (t.detach().to(device) for t in inputs(lengths, 6, 2, torch.bfloat16))
+    tensors = [t.requires_grad_() for t in tensors]
+    where = borders(torch.tensor([0, *lengths]).cumsum(0), device)
+    got = varlen(nn.Identity(), *tensors, None, scaling=0.25, **where)[0]
+    exact = [t.detach().float().requires_grad_() for t in tensors]
+    truth = torch.autograd.grad(expected(*exact, lengths), exact, by_output.float())
+    theirs = torch.autograd.grad(expected(*tensors, lengths), tensors, by_output)
+    mine = torch.autograd.grad(got, tensors, by_output)
+    for true, their, own in zip(truth, theirs, mine, strict=True):
+        assert (own.float() - true).norm() <= 1.5 * (their.float() - true).norm() + 1e-3
+
+
+def test_the_borders_have_the_names_that_flash_attention_in_transformers_takes() -> None:
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    where = borders(torch.tensor([0, 5, 12]), torch.device("meta"))
+    assert where.keys() <= inspect.signature(_flash_attention_forward).parameters.keys()
+    assert where["max_length_q"] == where["max_length_k"] == 7
+    assert where["cu_seq_lens_q"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_as_on_a_gpu_has_the_right_shapes_dtypes_and_devices(checkpointing: bool) -> None:
+    """On the meta device, which knows FlashAttention's kernel as a GPU's tensors would meet it."""
+    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register(VARLEN, varlen)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    config = AutoConfig.for_model("qwen2", **sizes, **heads)
+    meta = torch.device("meta")
+    with meta:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.set_attn_implementation(VARLEN)
+    mlp = model.requires_grad_(False).model.layers[1].mlp
+    mlp.up_proj = LoraLinear(mlp.up_proj, torch.ones(1, 64), torch.ones(96, 1), 2.0, 0.0)
+    mlp.up_proj.to(meta)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    ids = torch.arange(12)[None]
+    at, starts = torch.tensor([2, 3, 8]), torch.tensor([0, 5, 12])
+    states = torch.zeros(1, 12, 64, dtype=torch.bfloat16)
+    batch = MicroBatch(ids, ids, at, at, torch.ones(3), at - at - 1, starts, states)
+    loss, *_ = SftModule(model.train())(batch.to(meta))
+    assert (loss.device, loss.dtype, loss.shape) == (meta, torch.float32, ())
+    loss.backward()
+    adapter = mlp.up_proj
+    assert adapter.lora_A.grad.shape == (1, 64) and adapter.lora_B.grad.dtype == torch.float32
