@@ -337,7 +337,8 @@ class Execution(Frozen):
     """How fast, never what: left out of every key.
 
     ``frozen_prefix``: run the layers below the first adapted one once, and keep their output on
-    disk up to ``prefix_cache_gb`` in all jobs together (what does not fit is computed each time).
+    disk (what does not fit is computed each time). ``prefix_cache_gb``: of all jobs together, with
+    the base's predictions on anchor tokens.
     """
 
     activation_checkpointing: bool = False
