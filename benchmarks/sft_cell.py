@@ -59,7 +59,7 @@ def untaxed(spec: dict[str, Any], **execution: Any) -> dict[str, Any]:
     from pipeline.stage import Context, Solo
     from pipeline.train.world import init_world
 
-    world = init_world(always=spec["engine"] != "single") or Solo()
+    world = init_world(always=spec["engine"] != "single", leave=sft.leave_for) or Solo()
     clock, losses = Clock(), []
 
     class Timed(Context):

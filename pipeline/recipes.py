@@ -337,14 +337,18 @@ class Execution(Frozen):
     """How fast, never what: left out of every key.
 
     ``frozen_prefix``: run the layers below the first adapted one once, and keep their output on
-    disk (what does not fit is computed each time). ``prefix_cache_gb``: of all jobs together, with
-    the base's predictions on anchor tokens.
+    disk up to ``prefix_cache_gb`` in all jobs together, with the base's predictions on anchor tokens
+    (what does not fit is computed each time). ``collective_timeout_seconds``: how long a rank may
+    show no progress while others wait for it; ``divergence_nats``: training stops when the loss of
+    the last steps, in nats a token, is this far above the lowest it has been.
     """
 
     activation_checkpointing: bool = False
     frozen_prefix: bool = True
     prefix_cache_gb: Annotated[Real, Field(ge=0)] = 50.0
     checkpoint_seconds: Annotated[Real, Field(gt=0)] = 300.0
+    collective_timeout_seconds: Annotated[Real, Field(ge=5)] = 1800.0
+    divergence_nats: Annotated[Real, Field(gt=0)] = 5.0
 
 
 class Job(Frozen):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from pipeline.model.build import DTYPES, build_model, check_dtypes
 from pipeline.model.cut import cut_of
 from pipeline.model.geometry import ARCHITECTURES
 from pipeline.recipes import SftRecipe
-from pipeline.stage import Context, arguments, main
+from pipeline.stage import Context, Run, arguments, main, say_status
 from pipeline.train import checkpoint
 from pipeline.train.batches import Documents, load_steps
 from pipeline.train.checkpoint import Position
@@ -36,14 +35,18 @@ from pipeline.train.loop import Split, Trainer, write_history
 from pipeline.train.loss import SftModule
 from pipeline.train.prefix_states import PrefixStates
 from pipeline.train.reference import probe_isolation, reference
-from pipeline.train.world import init_world
+from pipeline.train.stopping import StopRequests
+from pipeline.train.watch import Verdict
+from pipeline.train.world import DistributedWorld, init_world
 
 
 def run(
     recipe: SftRecipe, inputs: Mapping[str, Artifact], out: Path, context: Context
 ) -> dict[str, Any]:
     """Train; write ``epoch-N/`` (a PEFT adapter, or the whole model) and metrics.jsonl."""
-    world = context.world
+    world, stop = context.world, StopRequests()
+    world.be_patient(context.execution.collective_timeout_seconds)
+    world.mark("loading the model")
     torch.manual_seed(recipe.seed * 1000003 + world.rank)
     engine = make_engine(context.options.get("ds"), context.options.get("engine"), world.size)
     cut, why = _cut(inputs["base"], recipe, context)
@@ -60,10 +63,11 @@ def run(
     module = SftModule(model)
     named = trainable(module)
     count = sum(_elements(p) for p in named.values())
-    # FSDP2 replaces the parameters that it shards, and looks at their gradients itself
     sharded_full = recipe.lora is None and engine.name == "fsdp"
     watch = GradientWatch(() if sharded_full else named.items())
     engine.wrap(module, recipe)
+    if sharded_full:
+        watch.unhooked = trainable(module)
     check_dtypes(module, recipe)
     context.log(f"sft: {engine.name} x {world.size}, {count:,} trainable parameters")
     probe_isolation(engine, train, DTYPES[recipe.precision])
@@ -73,6 +77,8 @@ def run(
         Split(d, reference(engine, d, capacity, recipe.anchors.top_k, context, base))
         for d in (train, dev)
     ]
+    start = _resume(engine, context)
+    _replay_epochs(out, context)
     trainer = Trainer(
         engine=engine,
         recipe=recipe,
@@ -83,14 +89,12 @@ def run(
         capacity=capacity,
         watch=watch,
         trainable=list(named),
-        stop_requested=_on_sigterm(),
+        stop=stop,
     )
-    start = _resume(engine, context)
 
     def save_epoch(number: int) -> None:
         _save_epoch(out, number, engine, recipe, adapted, inputs["base"], context)
 
-    _replay_epochs(out, context)
     end = trainer.run(start, save_epoch)
     if world.rank == 0:
         write_history(out / "metrics.jsonl", end.history)
@@ -135,20 +139,12 @@ def _shares_beginnings(model: Any, recipe: SftRecipe) -> bool:
     return known and not (recipe.lora and recipe.lora.dropout)
 
 
-def _on_sigterm() -> Any:
-    """From now on SIGTERM and Ctrl-C ask for a stop at the next step boundary."""
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: asked.append(signum))
-    return lambda: bool(asked)
-
-
 def _resume(engine: Engine, context: Context) -> Position:
     world = context.world
     found = checkpoint.newest(context.scratch, context.log) if world.rank == 0 else None
     found = world.broadcast(found)  # one rank chooses, or ranks could go on from different steps
     if found is None:
-        return Position(0, [])
+        return Position(0, 0, [])
     position = checkpoint.restore(found, engine, world.rank, world.size)
     context.log(f"sft: going on after step {position.step}")
     for record in position.history:
@@ -225,14 +221,38 @@ def start(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     options = arguments("sft").parse_args(argv)
     try:
-        world = init_world(always=options.ds is not None or options.engine == "fsdp")
+        world = init_world(
+            always=options.ds is not None or options.engine == "fsdp", leave=leave_for
+        )
     except UntaxedError as error:
         print(f"sft: {one_line(error)}", file=sys.stderr, flush=True)
         return error.exit_code
-    code = main("sft", run, argv, world)
-    if world is not None and code == 0:  # after a failure the others may never come to it
-        torch.distributed.destroy_process_group()
+    code = main("sft", _with_others(world) if world else run, argv, world)
+    if world is not None:
+        if code == 0:
+            world.close()
+        else:  # the others may never come to the end
+            world.say_left(code, f"rank {world.rank} ended with exit code {code}")
     return code
+
+
+def _with_others(world: DistributedWorld) -> Run:
+    """``run``, which tells the other ranks of its failure and names the rank that caused it."""
+
+    def watched(
+        recipe: SftRecipe, inputs: Mapping[str, Artifact], out: Path, context: Context
+    ) -> dict[str, Any]:
+        with world.blaming():
+            return run(recipe, inputs, out, context)
+
+    return watched
+
+
+def leave_for(found: Verdict) -> None:
+    """End this process, whose main thread waits for a rank that will not come."""
+    print(f"sft: {found.message}", file=sys.stderr, flush=True)
+    say_status(found.code)
+    leave(found.code)
 
 
 def leave(code: int) -> None:

@@ -43,6 +43,8 @@ class World(Protocol):
 
     def broadcast(self, value: Any) -> Any: ...
     def barrier(self) -> None: ...
+    def mark(self, at: str) -> None: ...
+    def be_patient(self, seconds: float) -> None: ...
 
 
 class Solo:
@@ -55,6 +57,12 @@ class Solo:
         return value
 
     def barrier(self) -> None:
+        return None
+
+    def mark(self, at: str) -> None:
+        return None
+
+    def be_patient(self, seconds: float) -> None:
         return None
 
 
@@ -98,7 +106,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         name = Path(self.prog.partition(" ")[0]).stem
-        _say_status(RecipeError.exit_code)
+        say_status(RecipeError.exit_code)
         self.exit(RecipeError.exit_code, f"{name}: {' '.join(message.split())}; see --help\n")
 
 
@@ -123,11 +131,11 @@ def main(name: str, run: Run, argv: Sequence[str] | None = None, world: World | 
     options = arguments(name).parse_args(argv)
     code = _guarded(name, run, options, world or Solo())
     if code:
-        _say_status(code)
+        say_status(code)
     return code
 
 
-def _say_status(code: int) -> None:
+def say_status(code: int) -> None:
     """Tell whoever started the launcher the exit code; the first rank that fails has the say."""
     if STATUS_FILE not in os.environ:
         return
@@ -147,8 +155,9 @@ def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> 
         message = one_line(error).removeprefix(f"{name}: ")
         print(f"{name}: {message}", file=sys.stderr, flush=True)
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{name}: stopped; run the same command to go on", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        said = one_line(error) if str(error) else "stopped"
+        print(f"{name}: {said}; run the same command to go on", file=sys.stderr, flush=True)
         return Stopped.exit_code
     except Exception as error:
         refused = _system_error(error)
@@ -166,7 +175,9 @@ def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> 
 
 
 def _stop(signum: int, frame: object) -> None:
-    raise Stopped("stopped by SIGTERM; run the same command to go on")
+    """As Ctrl-C does: libraries catch any Exception. Once: launchers ask again, in the clean-up."""
+    signal.signal(signum, signal.SIG_IGN)
+    raise KeyboardInterrupt("stopped by SIGTERM")
 
 
 def _system_error(error: Exception) -> OSError | None:
@@ -270,6 +281,7 @@ def _run(
             tracker.start(planned)
         context.log(f"{name}: {planned.folder.name}")
         facts = run(planned.recipe, decision.inputs, staging, context)
+        world.mark("sealing")
         world.barrier()
         if tracker:
             sealed = art.seal(

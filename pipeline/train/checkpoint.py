@@ -26,9 +26,11 @@ KEEP = 2
 
 @dataclass
 class Position:
-    """The next step to run (0-based, over all epochs) and the metrics so far."""
+    """The next step to run (0-based, over all epochs), how many epochs are validated and saved, and
+    the metrics so far."""
 
     step: int
+    epochs: int
     history: list[dict[str, float]]
 
 
@@ -59,7 +61,7 @@ class Checkpoints:
         tensors = {f"trainable.{k}": v for k, v in trainable.items()}
         tensors |= {f"optimizer.{k}": v for k, v in optimizer.items()}
         tensors |= {f"rng.{r}.{k}": v for r, states in enumerate(rngs) for k, v in states.items()}
-        meta = {"step": position.step, "history": list(position.history), "world_size": len(rngs)}
+        meta = vars(position) | {"history": list(position.history), "world_size": len(rngs)}
         self.pending = self.thread.submit(_write, self.folder, tensors, meta)
 
     def wait(self) -> None:
@@ -100,6 +102,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
             if hash_file(path / "state.safetensors").sha256 != meta["sha256"]:
                 raise ValueError("its content does not match its hash")
+            Position(meta["step"], meta["epochs"], meta["history"])
             return path
         except (OSError, ValueError, KeyError) as error:
             warn(f"sft: checkpoint {path.name} is damaged ({error}); trying the one before")
@@ -119,7 +122,7 @@ def restore(path: Path, engine: Engine, rank: int, world_size: int) -> Position:
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
-    return Position(int(meta["step"]), list(meta["history"]))
+    return Position(meta["step"], meta["epochs"], meta["history"])
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> State:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pipeline.train.loss import SftModule
 
@@ -39,7 +40,8 @@ class Engine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Sum gradients, clip, update; returns the gradient norm before clipping."""
+        """Sum gradients, clip, update; returns the gradient norm before clipping. Where that is not
+        finite nothing is updated."""
         ...
 
     def trainable_state(self) -> State:
@@ -58,26 +60,33 @@ class Engine(Protocol):
 class GradientWatch:
     """Sees each trainable tensor's local gradient as backward makes it, under any engine.
 
-    Keeps two facts a tensor: was every gradient finite, was any element non-zero.
+    Keeps two facts a tensor: was every gradient finite, was any element non-zero. ``unhooked``: FSDP2
+    sets the gradients of what it shards without calling hooks; they are looked at after backward.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         self.finite: dict[str, Tensor] = {}
         self.non_zero: dict[str, Tensor] = {}
+        self.unhooked: dict[str, nn.Parameter] = {}
         for name, parameter in named:
             parameter.register_hook(self._hook(name))  # type: ignore[no-untyped-call]
 
     def _hook(self, name: str) -> Any:
-        def watch(gradient: Tensor) -> None:
-            finite = torch.isfinite(gradient).all()
-            non_zero = torch.count_nonzero(gradient) > 0
-            known = name in self.finite
-            self.finite[name] = self.finite[name] & finite if known else finite
-            self.non_zero[name] = self.non_zero[name] | non_zero if known else non_zero
+        return lambda gradient: self._see(name, gradient)
 
-        return watch
+    def _see(self, name: str, gradient: Tensor) -> None:
+        finite = torch.isfinite(gradient).all()
+        non_zero = torch.count_nonzero(gradient) > 0
+        known = name in self.finite
+        self.finite[name] = self.finite[name] & finite if known else finite
+        self.non_zero[name] = self.non_zero[name] | non_zero if known else non_zero
 
     def all_finite(self) -> bool:
+        """Whether this rank has seen finite gradients only; call it once a step, after backward."""
+        for name, parameter in self.unhooked.items():
+            gradient = parameter.grad
+            if gradient is not None:
+                self._see(name, gradient.to_local() if isinstance(gradient, DTensor) else gradient)
         return all(bool(value) for value in self.finite.values())
 
     def never_moved(self, names: Iterable[str]) -> list[str]:

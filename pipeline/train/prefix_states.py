@@ -74,6 +74,7 @@ class PrefixStates:
             states = self.prefix.run([self.ids[d] for d in chunk])
             for document, rows in zip(chunk, states, strict=True):
                 cache.write(document, rows)
+            context.world.mark("the frozen prefix")
             tokens += sum(len(self.ids[d]) for d in chunk)
             now = time.monotonic()
             if now - said >= LINE_SECONDS or tokens == total:
@@ -86,6 +87,7 @@ class PrefixStates:
         for chunk in _chunks(cache.missing(), self.ids, self.prefix.chunk_tokens):
             for document, rows in zip(chunk, self.of(chunk), strict=True):  # where another failed
                 cache.write(document, rows)
+            context.world.mark("the frozen prefix")
         unkept = len(self.ids) - cache.kept
         context.log(
             f"sft: layers below {self.prefix.cut} are frozen; {cache.kept} of {len(self.ids)}"

@@ -7,6 +7,7 @@ so there is nothing to overlap.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +81,14 @@ class ReplicatedEngine:
         with_gradient = [p for p in self.parameters.values() if p.grad is not None]
         limit = self.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(with_gradient, limit)
+        size = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(size):
+            return size
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return size
 
     def _sum_gradients(self) -> None:
         if not dist.is_initialized() or dist.get_world_size() == 1:

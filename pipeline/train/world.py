@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -10,26 +12,71 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import RecipeError
+from pipeline.train.watch import Verdict, Watch, describe
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+WITHOUT_LIMIT = timedelta(days=7)  # Watch decides how long to wait
 
 
 class DistributedWorld:
-    """One rank of ``size``; collectives on Python objects and on small CPU tensors."""
+    """One rank of ``size``; collectives on Python objects and on small CPU tensors.
 
-    def __init__(self) -> None:
+    ``leave`` ends this process where another rank is at fault and the main thread cannot notice.
+    """
+
+    def __init__(self, leave: Callable[[Verdict], None]) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self.watch: Watch | None = None
+        if self.size > 1:
+            self.watch = Watch(self.rank, self.size, leave)
+            self.watch.start()
 
     def broadcast(self, value: T) -> T:
         """Rank 0's ``value`` on all ranks."""
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self.blaming():
+            dist.broadcast_object_list(box, src=0)
         return box[0]  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
-        dist.barrier()
+        with self.blaming():
+            dist.barrier()
+
+    def mark(self, at: str) -> None:
+        """Say that this rank goes on, and where it is."""
+        if self.watch:
+            self.watch.mark(at)
+
+    def be_patient(self, seconds: float) -> None:
+        """How long a rank for which others wait may go without a mark or a collective."""
+        if self.watch:
+            self.watch.patience = seconds
+
+    @contextlib.contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Tell the other ranks what ends this one; turn a broken collective into an error that names
+        the rank which broke it."""
+        try:
+            yield
+        except BaseException as error:
+            found = self.watch.blame(error) if self.watch else None
+            if found is None:
+                self.say_left(*describe(error))
+                raise
+            self.say_left(found.code, found.message, found.rank)
+            raise found.error() from error
+
+    def say_left(self, code: int, message: str, fault: int | None = None) -> None:
+        """Tell the other ranks that this one ends before its time; the first reason counts."""
+        if self.watch:
+            self.watch.say_left(code, message, fault)
+
+    def close(self) -> None:
+        """All ranks have come to their end."""
+        if self.watch:
+            self.watch.close()
+        dist.destroy_process_group()
 
 
 def device() -> torch.device:
@@ -39,10 +86,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_world(*, always: bool) -> DistributedWorld | None:
+def init_world(*, always: bool, leave: Callable[[Verdict], None]) -> DistributedWorld | None:
     """Join the process group that the launcher describes; None in a lone process.
 
-    With ``always`` a lone process becomes a group of one (DeepSpeed needs a group).
+    With ``always`` a lone process becomes a group of one (DeepSpeed needs a group). ``leave``: see
+    DistributedWorld.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if not always:
@@ -69,12 +117,10 @@ def init_world(*, always: bool) -> DistributedWorld | None:
         from torch._C._distributed_c10d import HashStore
 
         store = HashStore()
-        dist.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT
-        )
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    return DistributedWorld()
+        dist.init_process_group(backend, timeout=WITHOUT_LIMIT)
+    return DistributedWorld(leave)
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

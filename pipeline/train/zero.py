@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ class ZeroEngine:
         )
         if self.stage == 3:
             self._keep_small_frozen_weights()
+        self._inner().register_step_pre_hook(self._require_finite)
         self.world_size = dist.get_world_size()
         for held in self._inner().state.values():
             if "step" in held:  # DeepSpeed takes a trial step to allocate; it must not count
@@ -155,6 +157,12 @@ class ZeroEngine:
         coordinator = self.optimizer.parameter_offload.get_param_coordinator()
         self.optimizer._partition_all_parameters = lambda: coordinator.release_and_reset_all(others)
 
+    def _require_finite(self, *_: Any) -> None:
+        """Stages 1 and 2 would update with a norm that is not finite; stage 3 skips the step."""
+        norm = self.optimizer._global_grad_norm
+        if norm is not None and not math.isfinite(float(norm)):
+            raise FloatingPointError
+
     def _inner(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = self.optimizer.optimizer
         return inner
@@ -173,8 +181,9 @@ class ZeroEngine:
     def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        with contextlib.suppress(FloatingPointError):
+            self.engine.step()
+        norm = self.optimizer._global_grad_norm
         return float(norm) if norm is not None else float("nan")
 
     def trainable_state(self) -> State:

@@ -25,7 +25,7 @@ def main(spec_path: str) -> None:
 
     spec = json.loads(Path(spec_path).read_text())
     inputs = {name: art.open_artifact(Path(folder)) for name, folder in spec["inputs"].items()}
-    world = init_world(always=True)
+    world = init_world(always=True, leave=sft.leave_for)
     assert world is not None
     for run in spec["runs"]:
         out = Path(run["out"])
@@ -42,7 +42,7 @@ def main(spec_path: str) -> None:
         facts = sft.run(SftRecipe.model_validate(run["recipe"]), inputs, out, context)
         if world.rank == 0:
             (out / "facts.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()
+    world.close()
 
 
 if __name__ == "__main__":
