@@ -1,11 +1,12 @@
-# make demo: align a real model on this machine.   make test: the tests.   Both set up .venv first.
+# make demo: align a real model on this machine.   make test: the tests.   make torture: kill real runs.
+# All set up .venv first.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NPROC ?= 2
 
-.PHONY: demo test setup lint image clean
+.PHONY: demo test torture setup lint image clean
 
 setup: $(READY)
 
@@ -24,6 +25,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(NPROC) --dist loadfile
+
+# Goes on where it was stopped; begins anew without its folder.
+torture: $(READY)
+	$(BIN)/python tests/torture.py --folder runs/torture
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     options = parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
         commands = {"run": run, "plan": plan, "verify": verify}
         return commands[options.command](options)
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = error.filename or "file system"
         print(f"untaxed: {place}: {error.strerror or error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _jobs(options: argparse.Namespace) -> list[tuple[Path, Job]]:

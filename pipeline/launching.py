@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from pipeline.errors import RecipeError
+from pipeline.errors import RecipeError, Stopped
 from pipeline.stage import ROOT, STATUS_FILE
 
 ENGINES = ("zero3", "zero2", "zero1", "zero3-offload", "fsdp", "ddp", "single")
@@ -53,8 +55,9 @@ def command_of(name: str, job: Path, options: argparse.Namespace) -> list[str]:
 def launch_stage(name: str, job: Path, options: argparse.Namespace) -> int:
     """Run one stage to its end; returns its exit code (0, 65, 78, 143 or 1).
 
-    A stop (SIGTERM, Ctrl-C) is passed on to every process of the stage. The ranks say their exit
-    code in a file, since launchers replace it by their own.
+    A stop (SIGTERM, Ctrl-C) is passed on to every process of the stage, and waits for all of them:
+    ``deepspeed`` itself dies of it while its ranks still write a checkpoint. The ranks say their
+    exit code in a file, since launchers replace it by their own.
     """
     environment = os.environ.copy()
     cores = len(os.sched_getaffinity(0))
@@ -68,18 +71,36 @@ def launch_stage(name: str, job: Path, options: argparse.Namespace) -> int:
             command_of(name, job, options), env=environment, start_new_session=True
         )
 
+        asked: list[int] = []
+
         def forward(number: int, frame: object) -> None:
-            os.killpg(child.pid, signal.SIGTERM)
+            asked.append(number)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
 
         before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
             code = child.wait()
+            while _lives(child.pid):
+                time.sleep(0.05)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if status.exists():
             return int(status.read_text())
+        if asked:  # also where the stage had just come to its end, or had not begun
+            return Stopped.exit_code
         return 0 if code == 0 else 1
+
+
+def _lives(group: int) -> bool:
+    """Whether a process of this group is left, other than one that nobody has waited for."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, own = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(own) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _free_port() -> int:

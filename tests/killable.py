@@ -41,14 +41,17 @@ JOB: dict[str, Any] = {
     },
     "eval": {
         "suites": [{"name": "harmful", "measures": "harmful", "source": "rows.jsonl", "limit": 4}],
-        "gate": [],
+        "gate": [{"metric": "harmful_refusal", "at_least": 0.1}],
     },
     "execution": {"checkpoint_seconds": 0.2},
 }
 
 
-def prepare(folder: Path, rows: int, **sft: Any) -> Path:
-    """A tiny base, ``rows`` rows, and all that comes before training, sealed; returns ``folder``."""
+def prepare(folder: Path, rows: int, *, seal: bool = True, **sft: Any) -> Path:
+    """A tiny base and ``rows`` rows, with prep and pack sealed if ``seal``; returns ``folder``.
+
+    The job reads rows and base from there, also when the place is copied: they are its identity.
+    """
     make_model(folder / "base")
     make_tokenizer(folder / "base")
     lines = [json.dumps(row) for row in sample_rows("harmful")[:rows]]
@@ -57,6 +60,8 @@ def prepare(folder: Path, rows: int, **sft: Any) -> Path:
     job["prep"]["sources"][0]["source"] = str(folder / "rows.jsonl")
     job["eval"]["suites"][0]["source"] = str(folder / "rows.jsonl")
     (folder / "job.yaml").write_text(json.dumps(job))
+    if not seal:
+        return folder
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for name, run in (("prep", prep.run), ("pack", pack.run)):

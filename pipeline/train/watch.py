@@ -8,13 +8,13 @@ hour (a frozen prefix, a validation) and says so is no failure.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -132,13 +132,16 @@ class Watch:
         self.rank, self.size, self.leave = rank, size, leave
         self.patience = 1800.0
         self.store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        self.store.set_timeout(timedelta(seconds=GONE))
         self.beat = Beat(socket.gethostname())
         self.ranks: dict[int, Heard] = {}
-        self.deaf_since: float | None = None
+        self.talked = 0.0
         self.over, self.leaving = threading.Event(), threading.Event()
         self.speaking = threading.Lock()
-        self.thread = threading.Thread(target=self._run, daemon=True, name="untaxed-watch")
+        # two threads: a store whose keeper is frozen never answers, whatever its time limit
+        self.threads = [
+            threading.Thread(target=run, daemon=True, name="untaxed-watch")
+            for run in (self._talk, self._judge)
+        ]
 
     def start(self) -> None:
         """Collective: from now on all ranks listen to one another."""
@@ -148,7 +151,9 @@ class Watch:
         keys = [_key(rank) for rank in range(self.size)]
         for rank, text in enumerate(self.store.multi_get(keys)):
             self.ranks[rank] = Heard(_parse(text), now, now)
-        self.thread.start()
+        self.talked = now
+        for thread in self.threads:
+            thread.start()
 
     def mark(self, at: str) -> None:
         """The main thread is at ``at``, which may take ``patience`` seconds."""
@@ -163,18 +168,15 @@ class Watch:
         fault = self.rank if fault is None else fault
         with self.speaking:
             self.beat = _with(self.beat, left=(code, fault, message))
-        try:
-            self._speak()
-        except RuntimeError:
-            return  # nobody is there to hear it
-        until = time.monotonic() + 2 * PERIOD
+        until = time.monotonic() + 3 * PERIOD
         while time.monotonic() < until and not self._all_leave():
             time.sleep(PERIOD / 10)
 
     def close(self) -> None:
         """The run ends well here."""
         self.over.set()
-        self.thread.join()
+        for thread in self.threads:
+            thread.join(2 * PERIOD)
 
     def blame(self, error: BaseException) -> Verdict | None:
         """Who broke the collective that raised ``error``; None if ``error`` is of this rank's making.
@@ -194,17 +196,16 @@ class Watch:
         return None
 
     def _all_leave(self) -> bool:
-        others = [heard.beat.left for rank, heard in self.ranks.items() if rank != self.rank]
-        return all(others)
+        return all(heard.beat.left for heard in self.ranks.values())
 
-    def _run(self) -> None:
-        while not self.over.wait(PERIOD):
-            try:
+    def _talk(self) -> None:
+        while not self.over.wait(PERIOD / 10 if self.leaving.is_set() else PERIOD):
+            with contextlib.suppress(RuntimeError):  # silence speaks for itself
                 self._speak()
                 self._hear()
-                self.deaf_since = None
-            except RuntimeError:
-                self.deaf_since = self.deaf_since or time.monotonic()
+
+    def _judge(self) -> None:
+        while not self.over.wait(PERIOD):
             found = None if self.leaving.is_set() else self._verdict(min(self.patience, SILENCE))
             if found and not self.leaving.wait(2 * PERIOD) and not self.over.is_set():
                 self.leave(found)
@@ -212,14 +213,12 @@ class Watch:
     def _verdict(self, silence: float) -> Verdict | None:
         """Of what has been heard. Where the store does not answer, its keeper is at fault."""
         now = time.monotonic()
-        if self.deaf_since is None:
+        if now - self.talked < silence:
             return judge(dict(self.ranks), self.rank, now, silence, self.patience)
-        if now - self.deaf_since < silence:
-            return None
         return Verdict(
             0,
             f"{_name(0, self.ranks[0])}, or the launcher that keeps the ranks together there, is dead"
-            f" or stopped: no answer for {now - self.deaf_since:.0f} s",
+            f" or stopped: no answer for {now - self.talked:.0f} s",
         )
 
     def _speak(self) -> None:
@@ -231,9 +230,9 @@ class Watch:
 
     def _hear(self) -> None:
         texts = self.store.multi_get([_key(rank) for rank in range(self.size)])
-        now = time.monotonic()
+        self.talked = time.monotonic()
         for rank, text in enumerate(texts):
-            self.ranks[rank].hear(_parse(text), now)
+            self.ranks[rank].hear(_parse(text), self.talked)
 
 
 def _key(rank: int) -> str:

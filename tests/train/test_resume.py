@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from training import LORA, RECIPE, Launch, losses
+from training import LORA, RECIPE, ROOT, Launch, losses
 
 from pipeline import sft
 from pipeline.artifact import Artifact
@@ -21,19 +22,23 @@ ADAPTER = "epoch-10/adapter_model.safetensors"
 DROPOUT = RECIPE | {"lora": LORA | {"dropout": 0.1}}
 
 
-def context(scratch: Path) -> Context:
-    return Context(
+def train(
+    recipe: dict[str, Any],
+    inputs: dict[str, Artifact],
+    out: Path,
+    scratch: Path,
+    console: Console | None = None,
+) -> None:
+    """In one process, with a checkpoint after every step."""
+    out.mkdir(parents=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    context = Context(
         scratch=scratch,
         execution=Execution(checkpoint_seconds=1e-6),
         options={"engine": "single"},
-        console=Console(quiet=True),
+        console=console or Console(quiet=True),
     )
-
-
-def train(recipe: dict[str, Any], inputs: dict[str, Artifact], out: Path, scratch: Path) -> None:
-    out.mkdir(parents=True)
-    scratch.mkdir(parents=True, exist_ok=True)
-    sft.run(SftRecipe.model_validate(recipe), inputs, out, context(scratch))
+    sft.run(SftRecipe.model_validate(recipe), inputs, out, context)
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -80,34 +85,80 @@ def test_a_damaged_checkpoint_is_passed_over(
     damaged = bytearray(state.read_bytes())
     damaged[-1] ^= 1
     state.write_bytes(damaged)
-    train(RECIPE, inputs, tmp_path / "second", tmp_path / "scratch")
+    said = io.StringIO()
+    train(RECIPE, inputs, tmp_path / "second", tmp_path / "scratch", Console(file=said, width=200))
+    assert "checkpoint-00000008 is damaged" in said.getvalue()
+    assert "going on after step 7" in said.getvalue()
     assert losses(tmp_path / "second") == losses(tmp_path / "whole")
 
 
-@pytest.mark.distributed
-def test_another_world_and_engine_goes_on(
-    tmp_path: Path,
-    inputs: dict[str, Artifact],
-    launch: Launch,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    train(RECIPE, inputs, tmp_path / "whole", tmp_path / "scratch-whole")
-    runs = []
-    for name, options in {
-        "fsdp": {"engine": "fsdp"},
-        "zero2": {"ds": str(Path(__file__).parents[2] / "ds_configs/zero2.json")},
-        "zero3": {"ds": str(Path(__file__).parents[2] / "ds_configs/zero3.json")},
-    }.items():
-        with monkeypatch.context() as patch:
+ENGINES: dict[str, dict[str, str]] = {
+    "fsdp": {"engine": "fsdp"},
+    "ddp": {"engine": "ddp"},
+    "zero2": {"ds": str(ROOT / "ds_configs/zero2.json")},
+    "zero3": {"ds": str(ROOT / "ds_configs/zero3.json")},
+}
+ONE_TO_TWO = ("fsdp", "zero2", "zero3")
+TWO_TO_TWO = (("zero3", "fsdp"), ("fsdp", "zero3"), ("ddp", "zero3"))
+TWO_TO_ONE = ("fsdp", "zero3")
+BITWISE = ("fsdp", "zero3")
+STOP = "step 11"
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact], launch: Launch
+) -> Path:
+    """All runs of two processes, in one launch: stopped ones, and those that go on after them."""
+    folder = tmp_path_factory.mktemp("worlds")
+    train(RECIPE, inputs, folder / "whole", folder / "scratch-whole")
+    runs: list[dict[str, Any]] = []
+
+    def add(out: str, scratch: str, engine: str, **more: Any) -> None:
+        place = {"out": str(folder / out), "scratch": str(folder / scratch)}
+        runs.append({"recipe": RECIPE} | place | ENGINES[engine] | more)
+
+    for engine in ONE_TO_TWO:
+        with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, 11)
             with pytest.raises(UntaxedError):
-                train(RECIPE, inputs, tmp_path / f"first-{name}", tmp_path / f"scratch-{name}")
-        scratch = str(tmp_path / f"scratch-{name}")
-        runs.append({"out": str(tmp_path / name), "scratch": scratch, "recipe": RECIPE, **options})
-    launch(runs, inputs, tmp_path)
-    expected = losses(tmp_path / "whole")
-    for name in ("fsdp", "zero2", "zero3"):
-        got = losses(tmp_path / name)
-        assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
-        facts = json.loads((tmp_path / name / "facts.json").read_text())
+                train(RECIPE, inputs, folder / f"one-{engine}", folder / f"scratch-one-{engine}")
+        add(f"one-to-{engine}", f"scratch-one-{engine}", engine)
+    for first, second in TWO_TO_TWO:
+        add(f"stopped-{first}-{second}", f"scratch-{first}-{second}", first, stop_at=STOP)
+        add(f"{first}-to-{second}", f"scratch-{first}-{second}", second)
+    for first in TWO_TO_ONE:
+        add(f"stopped-{first}", f"scratch-{first}", first, stop_at=STOP)
+    for engine in BITWISE:
+        add(f"whole-{engine}", f"scratch-whole-{engine}", engine, recipe=DROPOUT)
+        add(f"first-{engine}", f"scratch-same-{engine}", engine, recipe=DROPOUT, stop_at=STOP)
+        add(f"same-{engine}", f"scratch-same-{engine}", engine, recipe=DROPOUT)
+    launch(runs, inputs, folder)
+    for first in TWO_TO_ONE:
+        train(RECIPE, inputs, folder / f"{first}-to-one", folder / f"scratch-{first}")
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name",
+    [f"one-to-{engine}" for engine in ONE_TO_TWO]
+    + [f"{first}-to-{second}" for first, second in TWO_TO_TWO]
+    + [f"{first}-to-one" for first in TWO_TO_ONE],
+)
+def test_another_world_or_engine_goes_on(folder: Path, name: str) -> None:
+    """The same rows, and the same loss within 1e-5 (fp32, no dropout)."""
+    expected, got = losses(folder / "whole"), losses(folder / name)
+    assert len(got) == len(expected) == 20
+    assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
+    if not name.endswith("-to-one"):
+        facts = json.loads((folder / name / "facts.json").read_text())
         assert facts["world_size"] == 2 and facts["steps"] == 20
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", BITWISE)
+def test_the_same_world_goes_on_bitwise_with_dropout(folder: Path, engine: str) -> None:
+    whole = (folder / f"whole-{engine}" / ADAPTER).read_bytes()
+    assert (folder / f"same-{engine}" / ADAPTER).read_bytes() == whole
+    assert losses(folder / f"same-{engine}") == losses(folder / f"whole-{engine}")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -39,10 +44,79 @@ def main(spec_path: str) -> None:
             options={"ds": run.get("ds") and Path(run["ds"]), "engine": run.get("engine")},
             console=Console(quiet=True),
         )
-        facts = sft.run(SftRecipe.model_validate(run["recipe"]), inputs, out, context)
+        recipe = SftRecipe.model_validate(run["recipe"])
+        if "stop_at" in run:
+            with asked_to_stop(world, run["stop_at"]):
+                sft.run(recipe, inputs, out, context)
+            continue
+        if "poisoned" in run:
+            poisoned(partial(sft.run, recipe, inputs, out, context), run["poisoned"], out)
+            continue
+        facts = sft.run(recipe, inputs, out, context)
         if world.rank == 0:
             (out / "facts.json").write_text(json.dumps(facts))
     world.close()
+
+
+@contextlib.contextmanager
+def asked_to_stop(world: Any, place: str) -> Iterator[None]:
+    """Rank 1 alone gets SIGTERM when it comes to ``place``, such as "step 7"."""
+    from pipeline.errors import Stopped
+
+    def mark(at: str) -> None:
+        if at == place and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    world.mark = mark
+    try:
+        yield
+        raise AssertionError(f"it was not stopped at {place}")
+    except Stopped:
+        pass
+    finally:
+        del world.mark
+
+
+def poisoned(train: Callable[[], Any], factor: float, out: Path) -> None:
+    """Train with the loss of step 3 multiplied by ``factor`` before backward. Leaves error.txt, and a
+    file ``unchanged`` if the weights are those after step 2."""
+    import torch
+
+    from pipeline import sft
+    from pipeline.errors import UntaxedError
+
+    made: list[Any] = []
+    states: list[dict[str, torch.Tensor]] = []
+    real = sft.make_engine
+
+    def make(*arguments: Any) -> Any:
+        engine = real(*arguments)
+        backward, step = engine.backward, engine.step
+
+        def poisoning(loss: torch.Tensor) -> None:
+            backward(loss * factor if len(states) == 2 else loss)
+
+        def stepping(learning_rate: float) -> float:
+            norm = step(learning_rate)
+            if len(states) < 2:
+                states.append(engine.trainable_state())
+            return norm
+
+        engine.backward, engine.step = poisoning, stepping
+        made.append(engine)
+        return engine
+
+    sft.make_engine = make
+    try:
+        train()
+    except UntaxedError as error:
+        now = made[0].trainable_state()
+        if torch.distributed.get_rank() == 0:
+            (out / "error.txt").write_text(str(error))
+            if all(torch.equal(now[name], states[1][name]) for name in now):
+                (out / "unchanged").touch()
+    finally:
+        sft.make_engine = real
 
 
 if __name__ == "__main__":
