@@ -134,7 +134,7 @@ class Torture:
             if kill["signal"] == "TERM" and code != 143:
                 raise Lost(f"exit code {code} after SIGTERM: {running.said()[-2000:]}")
         after = checkpoints(self.folder)
-        step = int(after[-1].name.rpartition("-")[2]) if after else 0
+        step = int(after[-1].name.split("-")[1]) if after else 0
         self.state["waiting"].remove(kill)
         self.state["done"].append(kill | {"step": step, "seconds": seconds, "rank": hit[0]})
         print(
@@ -184,7 +184,7 @@ class Torture:
         """A run that reached training must have gone on at the newest checkpoint."""
         found = re.search(r"sft: going on after step (\d+)", running.said())
         if stage == "sft" and before and found:
-            want = int(before[-1].name.rpartition("-")[2])
+            want = int(before[-1].name.split("-")[1])
             if int(found[1]) != want:
                 raise Lost(f"checkpoint of step {want} was there, went on after step {found[1]}")
 

@@ -6,6 +6,7 @@ sharded), so another world size or engine can go on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from pipeline.train.engine import Engine, State
 from pipeline.train.world import gather_objects
 
 KEEP = 2
+DAMAGE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass
@@ -74,7 +76,10 @@ def _write(folder: Path, tensors: State, meta: dict[str, Any]) -> None:
     """Atomically; keeps the newest two."""
     from safetensors.torch import save_file
 
-    final = folder / f"checkpoint-{meta['step']:08d}"
+    final = folder / f"checkpoint-{meta['step']:08d}-{meta['epochs']:04d}"
+    with contextlib.suppress(*DAMAGE):
+        _verified(final)
+        return  # a stop at the place of the last one; what is good is never touched
     staging = folder / f".{final.name}.tmp"
     # of a try that was killed, or found no room
     for old in (final, *folder.glob(".checkpoint-*.tmp")):
@@ -99,21 +104,26 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint, verified by hash; a damaged one is named and passed over."""
     for path in sorted(folder.glob("checkpoint-*"), reverse=True):
         try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-            if hash_file(path / "state.safetensors").sha256 != meta["sha256"]:
-                raise ValueError("its content does not match its hash")
-            Position(meta["step"], meta["epochs"], meta["history"])
+            _verified(path)
             return path
-        except (OSError, ValueError, KeyError) as error:
+        except DAMAGE as error:
             warn(f"sft: checkpoint {path.name} is damaged ({error}); trying the one before")
     return None
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The description of a whole checkpoint; one of DAMAGE for any other."""
+    meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    if hash_file(path / "state.safetensors").sha256 != meta["sha256"]:
+        raise ValueError("its content does not match its hash")
+    return {name: meta[name] for name in ("step", "epochs", "history", "world_size")}
 
 
 def restore(path: Path, engine: Engine, rank: int, world_size: int) -> Position:
     """Put a checkpoint into the engine; RNG states only at the same world size."""
     from safetensors.torch import load_file
 
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    meta = _verified(path)
     state = load_file(path / "state.safetensors")
     engine.load_trainable_state(_part(state, "trainable."))
     engine.load_optimizer_state(_part(state, "optimizer."))

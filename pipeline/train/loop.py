@@ -162,7 +162,7 @@ class Trainer:
     def _require_finite(self, loss: torch.Tensor, index: int, pack: list[int]) -> None:
         if not bool(torch.isfinite(loss)):
             raise UntaxedError(
-                f"sft: step {index + 1}, rank {self.context.world.rank}: loss {float(loss)} on"
+                f"sft: step {index + 1}, rank {self.context.world.rank}: loss {float(loss.detach())} on"
                 f" rows {self._names(pack)}; stopped before the update"
             )
 

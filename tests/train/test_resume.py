@@ -80,15 +80,15 @@ def test_a_damaged_checkpoint_is_passed_over(
         with pytest.raises(UntaxedError):
             train(RECIPE, inputs, tmp_path / "first", tmp_path / "scratch")
     checkpoints = sorted((tmp_path / "scratch").glob("checkpoint-*"))
-    assert [c.name for c in checkpoints] == ["checkpoint-00000007", "checkpoint-00000008"]
+    assert [c.name for c in checkpoints] == ["checkpoint-00000008-0003", "checkpoint-00000008-0004"]
     state = checkpoints[-1] / "state.safetensors"
     damaged = bytearray(state.read_bytes())
     damaged[-1] ^= 1
     state.write_bytes(damaged)
     said = io.StringIO()
     train(RECIPE, inputs, tmp_path / "second", tmp_path / "scratch", Console(file=said, width=200))
-    assert "checkpoint-00000008 is damaged" in said.getvalue()
-    assert "going on after step 7" in said.getvalue()
+    assert "checkpoint-00000008-0004 is damaged" in said.getvalue()
+    assert "going on after step 8" in said.getvalue()
     assert losses(tmp_path / "second") == losses(tmp_path / "whole")
 
 
