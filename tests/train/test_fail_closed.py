@@ -32,18 +32,16 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def train(
-    inputs: dict[str, Artifact], folder: Path, recipe: dict[str, Any] = RECIPE, nats: float = 5.0
-) -> None:
+def train(inputs: dict[str, Artifact], folder: Path) -> None:
     (folder / "scratch").mkdir()
     (folder / "out").mkdir()
     context = Context(
         scratch=folder / "scratch",
-        execution=Execution(checkpoint_seconds=1e-6, divergence_nats=nats),
+        execution=Execution(checkpoint_seconds=1e-6),
         options={"engine": "single"},
         console=Console(quiet=True),
     )
-    sft.run(SftRecipe.model_validate(recipe), inputs, folder / "out", context)
+    sft.run(SftRecipe.model_validate(RECIPE), inputs, folder / "out", context)
 
 
 def steps_kept(folder: Path) -> list[str]:
@@ -51,16 +49,21 @@ def steps_kept(folder: Path) -> list[str]:
     return sorted(step[-2:] for step in found)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, name: str, step: int, factor: float) -> list[int]:
-    """Multiply the loss by ``factor`` from ``step`` on: as forward returns it, or for backward only.
-    Returns a list that grows by one with every update."""
+def poison(monkeypatch: pytest.MonkeyPatch, where: str, step: int, factor: float) -> list[int]:
+    """Multiply by ``factor`` from ``step`` on the loss that forward returns, or the cross-entropy that it
+    reports, or the loss in backward only. Returns a list that grows by one with every update."""
     updates: list[int] = []
+    name = "backward" if where == "backward" else "forward"
     real, update = getattr(ReplicatedEngine, name), torch.optim.AdamW.step
 
     def forward(self: ReplicatedEngine, *args: Any, **options: Any) -> tuple[Tensor, ...]:
         result = real(self, *args, **options)
-        now = torch.is_grad_enabled() and len(updates) >= step - 1
-        return (result[0] * factor if now else result[0], *result[1:])
+        if not torch.is_grad_enabled() or len(updates) < step - 1:
+            return result
+        loss, cross_entropy, kl = result
+        if where == "forward":
+            return loss * factor, cross_entropy, kl
+        return loss, cross_entropy * factor, kl
 
     def backward(self: ReplicatedEngine, loss: Tensor) -> None:
         real(self, loss * factor if len(updates) >= step - 1 else loss)
@@ -112,20 +115,16 @@ def test_a_tensor_without_gradient_stops_the_second_update(
 
 
 def test_divergence_stops_and_keeps_what_was_good(
-    tmp_path: Path, inputs: dict[str, Artifact]
+    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits of the tiny model are bounded, and so is what it can lose."""
-    wild = {"learning_rate": 50.0, "weight_decay": 0.0, "max_grad_norm": None}
+    updates = poison(monkeypatch, "reported", 5, 4.0)
     with pytest.raises(UntaxedError) as caught:
-        train(inputs, tmp_path, RECIPE | {"optimizer": wild}, nats=1.5)
+        train(inputs, tmp_path)
     said = str(caught.value)
-    for word in (
-        "all ranks (rows ",
-        "training diverges: cross_entropy has risen to",
-        "learning_rate",
-    ):
+    for word in ("step 7, all ranks (rows ", "training diverges: cross_entropy has risen to"):
         assert word in said
-    assert steps_kept(tmp_path) == ["01"]  # the step after it was suspicious already
+    assert len(updates) == 6  # the median of five steps has risen at the third bad one
+    assert steps_kept(tmp_path) == ["04", "04"]  # but none is kept from the first one on
 
 
 def test_divergence_is_a_lasting_rise_of_one_loss() -> None:
@@ -180,4 +179,5 @@ POISONED: list[tuple[str, dict[str, Any], float]] = [
         "zero3": {"ds": str(ROOT / "ds_configs/zero3.json")},
     }.items()
     for factor in (math.nan, 1e30)
+    if (name, factor) != ("zero3", 1e30)  # its norm is taken in fp64, and clips
 ]
