@@ -19,6 +19,7 @@ from parts import ROOT, make_model, make_tokenizer, sample_rows
 
 from pipeline import pack, prep, stage
 from pipeline.launching import command_of
+from pipeline.stage import STATUS_FILE
 
 WAIT_SECONDS = 120.0
 JOB: dict[str, Any] = {
@@ -85,15 +86,16 @@ class Options:
 
 
 class Running:
-    """A stage and its launcher, in a session of their own."""
+    """A stage and its launcher, known by the status file that their environment names."""
 
-    def __init__(self, command: list[str], log: Path, **environment: str) -> None:
-        self.log = log
+    def __init__(self, command: list[str], log: Path, status: Path) -> None:
+        self.log, self.status = log, str(status)
+        environment = {STATUS_FILE: self.status, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         with log.open("w") as stream:
             self.child = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
+                env=os.environ | environment,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -103,15 +105,15 @@ class Running:
         return self.log.read_text(errors="replace")
 
     def members(self) -> dict[int, dict[str, str]]:
-        """Living processes of the session with their environments."""
+        """Living processes with their environments; ``torchrun`` gives each rank its own session."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
             with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.child.pid and fields[0] not in "ZX":
-                    pairs = (entry / "environ").read_text(errors="replace").split("\0")
+                text = (entry / "environ").read_text(errors="replace")  # empty for a zombie
+                if f"{STATUS_FILE}={self.status}\0" in text:
+                    pairs = text.split("\0")
                     found[int(entry.name)] = dict(p.split("=", 1) for p in pairs if "=" in p)
         return found
 
@@ -153,7 +155,7 @@ def started(folder: Path, engine: str, *more: str, stage: str = "sft") -> Iterat
     command = command_of(stage, folder / "job.yaml", options)  # type: ignore[arg-type]
     status = folder / "status"
     status.unlink(missing_ok=True)
-    running = Running(command, folder / f"{stage}.log", UNTAXED_STATUS_FILE=str(status))
+    running = Running(command, folder / f"{stage}.log", status)
     try:
         yield running
     finally:
