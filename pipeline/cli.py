@@ -17,6 +17,7 @@ from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
 from pipeline.jobfile import load_job
 from pipeline.launching import ENGINES, engine_of, launch_stage
+from pipeline.planning import print_memory
 from pipeline.recipes import Geometry, Job
 from pipeline.stage import DEFAULT_JOB, Parser
 from pipeline.summary import print_summary, write_summary
@@ -37,6 +38,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
     for command in (run, plan, verify):
         command.add_argument("--runs", type=Path, default=Path("runs"), help="artifacts folder")
+    plan.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
+    plan.add_argument("--world-size", type=int, default=1, help="processes of the sft stage")
+    plan.add_argument("--ranks-per-machine", type=int, help="default: at most 8")
+    plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, a100-40g, ...")
+    plan.add_argument("--device-gb", type=float, help="memory of another device, in 10^9 bytes")
     run.add_argument("--nproc", type=int, default=1, help="processes of the sft stage")
     run.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     run.add_argument("--rebuild", action="store_true", help="run every stage again")
@@ -104,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Print stages, keys and states; writes nothing."""
+    """Print stages, keys and states, shapes, memory and advice; writes nothing."""
     from pipeline.model.geometry import plan_facts
 
     console = Console()
@@ -119,6 +125,7 @@ def plan(options: argparse.Namespace) -> int:
         for name, value in plan_facts(job, _shapes(job, workspace)).items():
             text = f"{value:,}" if isinstance(value, int) else value
             console.print(f"  {name.replace('_', ' ')}: {text}", highlight=False)
+        print_memory(job, workspace, options, console)
     return 0
 
 

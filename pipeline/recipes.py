@@ -336,6 +336,8 @@ class EvalRecipe(Frozen):
 class Execution(Frozen):
     """How fast, never what: left out of every key.
 
+    ``activation_checkpointing``: make a layer's activations again in backward; "auto" does so where
+    they would not fit the device (see ``untaxed plan``).
     ``frozen_prefix``: run the layers below the first adapted one once, and keep their output on
     disk up to ``prefix_cache_gb`` in all jobs together, with the base's predictions on anchor tokens
     (what does not fit is computed each time). ``collective_timeout_seconds``: how long a rank may
@@ -343,7 +345,7 @@ class Execution(Frozen):
     the last steps, in nats a token, is this far above the lowest it has been.
     """
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["auto"] = "auto"
     frozen_prefix: bool = True
     prefix_cache_gb: Annotated[Real, Field(ge=0)] = 50.0
     checkpoint_seconds: Annotated[Real, Field(gt=0)] = 300.0

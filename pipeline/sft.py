@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, UntaxedError, one_line
-from pipeline.model import lora
+from pipeline.model import lora, support
 from pipeline.model.attention import PER_DOCUMENT
 from pipeline.model.build import DTYPES, build_model, check_dtypes
 from pipeline.model.cut import cut_of
@@ -31,6 +32,7 @@ from pipeline.train import checkpoint
 from pipeline.train.batches import Documents, load_steps
 from pipeline.train.checkpoint import Position
 from pipeline.train.engine import Engine, GradientWatch, make_engine, trainable
+from pipeline.train.fitting import settle
 from pipeline.train.loop import Split, Trainer, write_history
 from pipeline.train.loss import SftModule
 from pipeline.train.prefix_states import PrefixStates
@@ -49,9 +51,12 @@ def run(
     world.mark("loading the model")
     torch.manual_seed(recipe.seed * 1000003 + world.rank)
     engine = make_engine(context.options.get("ds"), context.options.get("engine"), world.size)
+    capacity = int(inputs["pack"].manifest.recipe["pack"]["max_length"])
     cut, why = _cut(inputs["base"], recipe, context)
     with engine.loading(recipe):
-        model, adapted = build_model(inputs["base"], recipe, context.execution, cut)
+        support.check(recipe, engine.name, launched=dist.is_initialized())
+        execution = settle(inputs["base"], recipe, cut, capacity, engine.name, context)
+        model, adapted = build_model(inputs["base"], recipe, execution, cut)
     shared = _shares_beginnings(model, recipe)
     train, dev = (
         Documents(inputs["pack"], name, recipe.anchors, shared) for name in ("train", "dev")
@@ -71,7 +76,6 @@ def run(
     check_dtypes(module, recipe)
     context.log(f"sft: {engine.name} x {world.size}, {count:,} trainable parameters")
     probe_isolation(engine, train, DTYPES[recipe.precision])
-    capacity = int(inputs["pack"].manifest.recipe["pack"]["max_length"])
     base = _base_identity(inputs["base"], recipe, cut, model)
     splits = [
         Split(d, reference(engine, d, capacity, recipe.anchors.top_k, context, base))

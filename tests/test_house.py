@@ -37,6 +37,7 @@ NO_TORCH = {
     "cli",
     "errors",
     "launching",
+    "planning",
     "summary",
 }
 HEAVY = {"torch", "transformers", "deepspeed", "mlflow", "datasets", "peft", "matplotlib"}
@@ -65,8 +66,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stage": PARTS | {"jobfile", "graph", "tracking"},
     **dict.fromkeys(STAGES, PARTS | MADE_OF | SHELL),
     "launching": PARTS | SHELL,
+    "planning": PARTS | SHELL | {"model"},
     "summary": PARTS | SHELL | {"evals"},
-    "cli": PARTS | SHELL | {"jobfile", "launching", "summary", "model"},
+    "cli": PARTS | SHELL | {"jobfile", "launching", "planning", "summary", "model"},
 }
 # Names of types alone, never imported when the program runs.
 MAY_NAME: dict[str, set[str]] = {

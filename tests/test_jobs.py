@@ -136,7 +136,7 @@ def test_real_models_are_planned_from_their_stated_shapes(name: str, tmp_path: P
     assert (facts["first_layer"], facts["last_layer"]) == (first, last)
     assert facts["trainable_parameters"] == trainable
     assert facts["update_scale"] == 16.0
-    assert loaded.execution.activation_checkpointing and loaded.sft.precision == "bf16"
+    assert loaded.execution.activation_checkpointing == "auto" and loaded.sft.precision == "bf16"
     planned = plan_job(loaded, Workspace(tmp_path), adopt=False)
     assert list(planned) == stages_of(loaded)
     assert not list(tmp_path.iterdir()), "planning writes nothing"

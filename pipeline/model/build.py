@@ -41,7 +41,7 @@ def build_model(
     else:
         adapted = lora.inject(model, recipe.lora, recipe.seed, _weights_of(base.folder))
     drop_prefix(model, cut)
-    if execution.activation_checkpointing:
+    if execution.activation_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         # transformers asks the embedding output for gradients, which would send backward through
         # every frozen layer below the first adapter; non-reentrant checkpointing needs none of it

@@ -53,6 +53,12 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
         raise DataError(f"config.json: a size is not a positive number: {error}") from error
 
 
+def stored_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of one weight in the base's files, as ``config.json`` says; 2 where it does not."""
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return 4 if stated.endswith("float32") else 2
+
+
 def linear_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:
     """(out, in) of the linear modules of one decoder layer, by name."""
     hidden, inner = geometry.hidden_size, geometry.intermediate_size

@@ -31,8 +31,6 @@ class FsdpEngine(ReplicatedEngine):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        if not dist.is_initialized():
-            raise RecipeError("engine fsdp needs a process group; start with torchrun")
         place = device()
         mesh = init_device_mesh(place.type, (dist.get_world_size(),))
         full = recipe.lora is None

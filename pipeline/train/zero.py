@@ -110,14 +110,12 @@ class ZeroEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = read_config(self.path, recipe)
         self.stage = int(self.config["zero_optimization"].get("stage", 0))
-        self.name = f"zero{self.stage}"
+        offloads = "offload_param" in self.config["zero_optimization"]
+        self.name = f"zero{self.stage}" + ("-offload" if offloads else "")
         alive = None
-        if self.stage == 3:
-            if recipe.quantization == "nf4":
-                raise RecipeError(
-                    "sft.quantization: nf4 with ZeRO-3 is not supported: its sharding cannot split"
-                    " quantized weights; use --engine fsdp, ddp or single"
-                )
+        # NF4 weights are made from whole ones: every process loads all, and stage 3 shards them (as
+        # bf16 numbers, whatever they mean) when it wraps
+        if self.stage == 3 and recipe.quantization == "none":
             # While loading, stage 3 casts every weight to the precision that this section names,
             # fp32 without it; afterwards the section is off, and adapters may stay fp32.
             loads_bf16 = recipe.precision == "bf16"

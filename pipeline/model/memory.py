@@ -1,0 +1,301 @@
+"""Bytes that a process of a training run needs, term by term and by phase. Torch-free.
+
+Counted from shapes, not fitted; held against measured peaks by ``benchmarks/memory.py``, and against
+the shards of real wrapped modules by ``tests/train/test_wrapping.py``. LoRA only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from pipeline.errors import RecipeError
+from pipeline.model import activations
+from pipeline.model.activations import BYTES, FP32, Row
+from pipeline.model.geometry import linear_shapes, lora_parameters
+from pipeline.recipes import Geometry, SftRecipe
+
+NF4_BYTES = 0.5 + FP32 / 64  # four bits, and a scale for every 64 weights
+HEAD_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # of fp32 logits; train/head.py
+HEAD_COPIES = 4  # logits, log-probabilities, and the gradient of each
+PREFIX_BLOCK, PREFIX_CHUNK, PREFIX_FEW = 2**31, 2**29, 4096  # model/prefix.py
+# ds_configs/zero*.json, in elements
+PERSISTENT, LIVE, PREFETCH, BUCKET = 10**6, 10**9, 5 * 10**7, 5 * 10**7
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run is spread: ``engine`` as the command line names it, over ``world_size`` processes of
+    which ``per_machine`` share one. ``kind``: cpu or cuda."""
+
+    engine: str
+    world_size: int = 1
+    per_machine: int = 1
+    kind: str = "cpu"
+
+    @property
+    def sharded(self) -> bool:
+        return self.engine in ("fsdp", "zero3", "zero3-offload")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained: the base's shapes, the recipe, the layers below ``cut`` left out, packs of
+    ``tokens`` of which at most ``predicted`` are trained (all, unless it is known), checkpointing.
+
+    ``cached``: tokens whose states below the cut are read from the prefix cache. ``stored``: bytes a
+    weight of the base's files. ``masked``: as for ``activations.Row``.
+    """
+
+    geometry: Geometry
+    recipe: SftRecipe
+    tokens: int
+    cut: int = 0
+    checkpointing: bool = False
+    predicted: int | None = None
+    cached: int = 0
+    stored: int = 2
+    masked: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of a frozen number that is not quantized."""
+        return BYTES[self.recipe.precision]
+
+    def row(self, kind: str) -> Row:
+        return Row(self.tokens, self.size, self.masked, fused_dropout=kind == "cuda")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process. ``step``: the terms that are there together at the peak of a step;
+    ``phases``: the peak of each phase. On a CPU ``mapped`` of them are pages of the base's file,
+    which processes of a machine share and the system may drop."""
+
+    step: dict[str, int]
+    phases: dict[str, int]
+    mapped: int = 0
+    machine: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def plan(work: Work, setup: Setup) -> Memory:
+    """What a process of ``setup`` needs for ``work``; RecipeError for full fine-tuning."""
+    if work.recipe.lora is None:
+        raise RecipeError("memory is planned for LoRA; sft.lora is null")
+    adapter = lora_parameters(work.geometry, work.recipe.lora)
+    held = _held(work, setup, adapter)
+    kept, again = _kept(work, setup)
+    gathered, passing = _gathered(work, setup)
+    head = _head(work, setup)
+    back = again + activations.working(work.geometry, work.recipe.lora, work.row(setup.kind))
+    back += _dequantized(work)
+    at_head = head + gathered
+    in_backward = back + gathered + passing + FP32 * adapter
+    step = held | {
+        "activations": kept,
+        "loss head" if at_head >= in_backward else "one layer's backward": (
+            head if at_head >= in_backward else back
+        ),
+        "gathered weights": gathered + (0 if at_head >= in_backward else passing),
+        "gradients": FP32 * adapter,
+        "prefix cache, pages": cache_bytes(work) if setup.kind == "cpu" else 0,
+    }
+    phases = {
+        "load": _load(work, setup),
+        "prefix": _prefix(work, setup),
+        "step": sum(step.values()),
+    }
+    mapped = 0
+    if setup.kind == "cpu":
+        mapped = cache_bytes(work) + (held["weights"] if _views(work) and not setup.sharded else 0)
+    return Memory(step, phases, mapped, _machine(work, setup))
+
+
+def frozen_shapes(work: Work) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Shapes of one layer's frozen tensors, and of those outside the layers that are trained with."""
+    g = work.geometry
+    linear = linear_shapes(g)
+    layer: list[tuple[int, ...]] = [*linear.values(), (g.hidden_size,), (g.hidden_size,)]
+    if g.architecture == "qwen2":
+        layer += [(linear[name][0],) for name in ("q_proj", "k_proj", "v_proj")]
+    if g.architecture == "qwen3":
+        layer += [(g.head_dim,), (g.head_dim,)]
+    table = (g.vocab_size, g.hidden_size)
+    root: list[tuple[int, ...]] = [table, (g.hidden_size,)]
+    if not work.cut and not g.tied_embeddings:
+        root.append(table)
+    return layer, root
+
+
+def weight_bytes(work: Work, setup: Setup) -> int:
+    """Frozen weights that a process holds between steps, without the layers below the cut."""
+    layer, root = frozen_shapes(work)
+    layers = work.geometry.layers - work.cut
+    return layers * sum(_share(s, work, setup, quantized=True) for s in layer) + sum(
+        _share(s, work, setup) for s in root
+    )
+
+
+def _share(shape: tuple[int, ...], work: Work, setup: Setup, *, quantized: bool = False) -> int:
+    """A process's bytes of one frozen tensor. FSDP splits rows, ZeRO-3 elements; both round up. NF4
+    weights are split as the one column of bytes they are packed into; their scales stay whole."""
+    numel, world = math.prod(shape), setup.world_size
+    if quantized and len(shape) == 2 and work.recipe.quantization == "nf4":
+        packed = numel // 2 // work.size  # numbers of the storage type, one a row
+        shards = world if setup.engine == "fsdp" else 1
+        return -(-packed // shards) * work.size + round(numel * FP32 / 64)
+    if setup.engine == "fsdp":
+        return -(-shape[0] // world) * (numel // shape[0]) * work.size
+    if setup.engine.startswith("zero3"):
+        return -(-numel // world) * work.size
+    return numel * work.size
+
+
+def _whole(shapes: list[tuple[int, ...]], work: Work) -> int:
+    return sum(map(math.prod, shapes)) * work.size
+
+
+def _held(work: Work, setup: Setup, adapter: int) -> dict[str, int]:
+    """What stays from step to step: weights, the adapter, AdamW's two moments, ZeRO's own copies."""
+    assert work.recipe.lora is not None
+    zero, world = setup.engine.startswith("zero"), setup.world_size
+    origin = 2 if work.recipe.lora.init in ("pissa", "olora") else 1
+    weights = weight_bytes(work, setup)
+    if setup.engine == "zero3-offload" and setup.kind == "cuda":
+        weights = 0
+    split = -(-adapter // world) if zero else adapter
+    copies = (2 if setup.sharded else 1) * split + (split if zero else 0) if zero else 0
+    held = {
+        "weights": weights,
+        "adapter": FP32 * (origin * adapter + copies),
+        "optimizer": 2 * FP32 * split,
+    }
+    if zero and setup.kind == "cuda":  # allocated whole; on a CPU only what is written takes memory
+        held["ZeRO buckets"] = FP32 * BUCKET * (2 if setup.engine == "zero2" else 1)
+    return held
+
+
+def _kept(work: Work, setup: Setup) -> tuple[int, int]:
+    """Activations that wait for backward in all layers, and what one layer makes again."""
+    g, row = work.geometry, work.row(setup.kind)
+    layers = range(work.cut, g.layers)
+    each = activations.saved(g, work.recipe, layers, row)
+    once = activations.around(g, row, attends=len(layers) > 1)
+    entering = activations.layer_input(g, row)
+    if work.checkpointing:
+        return once + len(layers) * entering, max(each)
+    return once + sum(each) + entering, 0
+
+
+def _head(work: Work, setup: Setup) -> int:
+    """The loss head: chunks of fp32 logits, the rows that predict, and their gradient twice (in
+    pieces, then whole). KL to the base takes two more gradients of logits in turn, no more at once."""
+    g = work.geometry
+    predicted = work.tokens if work.predicted is None else work.predicted
+    chunk = max(1, HEAD_CHUNK[setup.kind] // (FP32 * g.vocab_size))
+    logits = HEAD_COPIES * FP32 * min(chunk, predicted) * g.vocab_size
+    return logits + 3 * work.size * predicted * g.hidden_size
+
+
+def _gathered(work: Work, setup: Setup) -> tuple[int, int]:
+    """Whole weights that a sharded engine holds through a step, and beside them in backward.
+
+    FSDP2 keeps what is outside of the layers (the head) until backward ends, and the last layer's
+    gathered buffer; in backward one layer is whole while the next one's buffer fills. ZeRO-3 keeps
+    small tensors always, and fetched ones while fewer than LIVE elements are there.
+    """
+    if not setup.sharded or setup.world_size == 1:
+        return 0, 0
+    layer, root = frozen_shapes(work)
+    if setup.engine == "fsdp":
+        one = _whole(layer, work)
+        if work.recipe.quantization == "nf4":
+            one = round(sum(math.prod(s) for s in layer) * 0.5)
+        return _whole(root, work) + one, 2 * one
+    shapes = layer * (work.geometry.layers - work.cut) + root
+    fetched = sum(math.prod(s) for s in shapes if math.prod(s) >= PERSISTENT)
+    small = [s for s in shapes if math.prod(s) < PERSISTENT]
+    largest = max(map(math.prod, shapes))
+    return _whole(small, work) + min(fetched, max(LIVE, largest)) * work.size, min(
+        PREFETCH, fetched
+    ) * work.size
+
+
+def _dequantized(work: Work) -> int:
+    """The largest NF4 weight as it is multiplied by."""
+    if work.recipe.quantization == "none":
+        return 0
+    return max(a * b for a, b in linear_shapes(work.geometry).values()) * work.size
+
+
+def _views(work: Work) -> bool:
+    """Whether loaded weights are views of the mapped file: no conversion, no quantization."""
+    return work.size == work.stored and work.recipe.quantization == "none"
+
+
+def _total(work: Work) -> int:
+    """Bytes of the whole model as it is loaded, before anything is cut off or sharded."""
+    g = work.geometry
+    layer, _ = frozen_shapes(work)
+    alone = Setup("single")
+    tables = (1 if g.tied_embeddings else 2) * g.vocab_size * g.hidden_size
+    layers = g.layers * sum(_share(s, work, alone, quantized=True) for s in layer)
+    return layers + (tables + g.hidden_size) * work.size
+
+
+def _load(work: Work, setup: Setup) -> int:
+    """On the device, until the prefix is dropped and the engine has wrapped."""
+    if setup.engine.startswith("zero3"):
+        return weight_bytes(work, setup)
+    if work.recipe.quantization == "nf4":
+        return _total(work) + _dequantized(work)
+    return 0 if setup.kind == "cuda" or _views(work) else _total(work)
+
+
+def _prefix(work: Work, setup: Setup) -> int:
+    """Layers below the cut, some at a time, and the states of the documents that go through."""
+    if not work.cut:
+        return 0
+    g = work.geometry
+    layer, _ = frozen_shapes(work)
+    one = _whole(layer, work)
+    block = min(work.cut, max(1, PREFIX_BLOCK // one))
+    width = work.size * g.hidden_size
+    chunk = PREFIX_FEW if block == work.cut else PREFIX_CHUNK // width
+    weights = block * one + work.size * g.vocab_size * g.hidden_size
+    passing = activations.working(g, work.recipe.lora, work.row(setup.kind))  # type: ignore[arg-type]
+    return weights + 2 * chunk * width + passing + _load(work, setup)
+
+
+def _machine(work: Work, setup: Setup) -> dict[str, int]:
+    """Host memory of one machine while its processes load: what is converted or quantized in each,
+    and the base's pages, which all share."""
+    base = round(_total_stored(work))
+    own = 0 if _views(work) or (setup.kind == "cuda" and work.recipe.quantization == "nf4") else 1
+    converted = own * _total(work) * setup.per_machine
+    if setup.engine.startswith("zero3"):
+        converted = 0
+    host = {
+        "base, in the page cache": base,
+        "converted while loading": converted,
+        "prefix cache, on disk and in the page cache": cache_bytes(work),
+    }
+    if setup.engine == "zero3-offload" and setup.kind == "cuda":
+        host["weights"] = weight_bytes(work, setup) * setup.per_machine
+    return host
+
+
+def _total_stored(work: Work) -> int:
+    g = work.geometry
+    layer, _ = frozen_shapes(work)
+    tables = (1 if g.tied_embeddings else 2) * g.vocab_size * g.hidden_size
+    return (g.layers * sum(map(math.prod, layer)) + tables + g.hidden_size) * work.stored
+
+
+def cache_bytes(work: Work) -> int:
+    """The prefix cache: a file, whose pages stay in memory while there is room."""
+    return work.cached * work.size * work.geometry.hidden_size if work.cut else 0
