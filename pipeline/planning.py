@@ -98,34 +98,33 @@ def print_memory(
     on = advice.checkpointing if chosen == "auto" else chosen
     work = Work(**{**vars(work), "checkpointing": on})
     memory = plan(work, setup)
-    where = f"{setup.engine} x {setup.world_size}, {options.device} of {room / GB:.1f} GB"
-    how = f"checkpointing {'on' if on else 'off'}, packs of {work.tokens:,} tokens"
-    console.print(_table(f"memory of a process in GB: {where}; {how}", memory, setup))
     total = needed(memory, setup)
-    share = "of the machine" if setup.kind == "cpu" else "of the device"
     verdict = "fits" if total <= (1 - FREE) * room else "does not fit"
-    console.print(
-        f"  {total / GB:.2f} GB {share} with every process's own; {verdict} with"
-        f" {FREE:.0%} left free",
-        highlight=False,
-    )
-    for name, size in memory.machine.items():
-        console.print(f"  host memory of a machine, {name}: {size / GB:.2f} GB", highlight=False)
+    processes = "" if setup.kind == "cuda" else f" in {setup.per_machine} process(es)"
+    lines = [
+        f"{setup.engine} x {setup.world_size}, {options.device} of {room / GB:.1f} GB;"
+        f" checkpointing {'on' if on else 'off'}, packs of {work.tokens:,} tokens:"
+        f" {total / GB:.2f} GB{processes}, {verdict} with {FREE:.0%} left free"
+    ]
+    lines += [
+        f"{name}: {size / GB:.2f} GB a machine" for name, size in memory.machine.items() if size
+    ]
     if work.cut and not work.cached:
         each = work.size * work.geometry.hidden_size
-        console.print(
-            f"  prefix cache: {each:,} bytes a token, once it is known how many", highlight=False
-        )
-    for line in advice.lines:
-        console.print(f"  recommended {line}", highlight=False)
+        lines.append(f"prefix cache: {each:,} bytes a token; how many is known after pack")
+    lines += [f"recommended {line}" for line in advice.lines]
+    console.print(_table(memory, setup))
+    for line in lines:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
-def _table(title: str, memory: Memory, setup: Setup) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("at the peak of a step")
+def _table(memory: Memory, setup: Setup) -> Table:
+    table = Table()
+    table.add_column("memory of a process at the peak of a step")
     table.add_column("GB", justify="right")
     for name, size in memory.step.items():
-        table.add_row(name, f"{size / GB:.3f}")
+        if size:
+            table.add_row(name, f"{size / GB:.3f}")
     table.add_section()
     table.add_row("a step", f"{memory.phases['step'] / GB:.3f}")
     for name in ("load", "prefix"):

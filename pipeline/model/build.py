@@ -32,7 +32,7 @@ def build_model(
     dtype = torch.float32 if recipe.lora is None else DTYPES[recipe.precision]
     options: dict[str, Any] = {}
     if recipe.quantization == "nf4":
-        options["quantization_config"] = _nf4(dtype)
+        options["quantization_config"] = quantization(dtype)
     model = load_model(base.folder, dtype, **options)
     model.set_attn_implementation(choose(model.config, bf16=dtype == torch.bfloat16))
     adapted: dict[str, lora.LoraLinear] = {}
@@ -64,7 +64,8 @@ def check_dtypes(model: nn.Module, recipe: SftRecipe) -> None:
             )
 
 
-def _nf4(compute: torch.dtype) -> Any:
+def quantization(compute: torch.dtype) -> Any:
+    """NF4 for transformers, multiplied in ``compute``; RecipeError without bitsandbytes."""
     try:
         import bitsandbytes  # noqa: F401  (only to say clearly that it is missing)
         from transformers import BitsAndBytesConfig

@@ -280,12 +280,12 @@ def _machine(work: Work, setup: Setup) -> dict[str, int]:
     if setup.engine.startswith("zero3"):
         converted = 0
     host = {
-        "base, in the page cache": base,
-        "converted while loading": converted,
-        "prefix cache, on disk and in the page cache": cache_bytes(work),
+        "host memory, pages of the base": base,
+        "host memory, converted or quantized while loading": converted,
+        "disk and host memory, prefix cache": cache_bytes(work),
     }
     if setup.engine == "zero3-offload" and setup.kind == "cuda":
-        host["weights"] = weight_bytes(work, setup) * setup.per_machine
+        host["host memory, weights"] = weight_bytes(work, setup) * setup.per_machine
     return host
 
 

@@ -115,7 +115,7 @@ def test_full_fine_tuning_in_bf16_is_close_to_fp32(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ds": ROOT / "ds_configs/zero3.json"}, "nf4 with ZeRO-3"),
+        ({"ds": ROOT / "ds_configs/zero3-offload.json"}, "engine zero3-offload; use"),
         ({"engine": "fsdp"}, "process group"),
     ],
 )

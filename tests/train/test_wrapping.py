@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +114,32 @@ def test_zero3_shards_are_as_planned_under_a_fake_process_group(
     none = Work(geometry, RECIPE, 4096, geometry.layers)
     planned = weight_bytes(one, setup) - weight_bytes(none, setup)
     assert sum(shard.nbytes for shard in shards) == planned
+
+
+def test_quantized_shards_are_as_planned_under_a_fake_process_group(
+    ranks: int, base_folder: Path
+) -> None:
+    """NF4 packs two weights a byte into one column of bf16 numbers; their scales stay whole."""
+    from pipeline.model.base import load_model
+    from pipeline.model.build import quantization
+
+    options = {"quantization_config": quantization(torch.bfloat16)}
+    model = load_model(base_folder, torch.bfloat16, **options)
+    geometry = geometry_of(model.config.to_dict())
+    recipe = RECIPE.model_copy(update={"quantization": "nf4"})
+    assert recipe.lora is not None
+    lora.inject(model, recipe.lora, 0, lambda name: torch.empty(0))
+    scales = sum(
+        p.quant_state.absmax.nbytes for p in model.parameters() if hasattr(p, "quant_state")
+    )
+    module = SftModule(model)
+
+    def bytes_of(tensor: torch.Tensor) -> int:
+        return int((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes)
+
+    work = Work(geometry, recipe, 1024)
+    for setup in (Setup("single"), Setup("fsdp", ranks, 8)):
+        if setup.engine == "fsdp":
+            FsdpEngine().wrap(module, recipe)
+        held = sum(bytes_of(p) for p in module.parameters() if not p.requires_grad)
+        assert held + scales == weight_bytes(work, setup)
