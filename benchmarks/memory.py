@@ -6,7 +6,8 @@ Each cell trains two steps in new processes: rank 1 on up_proj in the middle thi
 many tokens in documents of 128 of which half are trained; with checkpointing and without. 135m is
 SmolLM2-135M-Instruct, 440m a random Llama made in a temporary folder. Measured is the high-water mark
 of what a process holds (on a CPU of resident pages; on a GPU of allocated bytes) in the steps, less
-what it held before the model was loaded and after a tiny run of the same engine. On a CPU glibc gives
+what it held before the model was loaded and after a tiny run of the same engine. FILE is written after
+each cell; the same command goes on where it was stopped. On a CPU glibc gives
 blocks of 128 KiB and more back when they are freed (MALLOC_MMAP_THRESHOLD_): with its defaults freed
 blocks of up to 32 MB stay in the process, which is no need of the training; --default-malloc shows it.
 """
@@ -124,7 +125,7 @@ def make_pack(folder: Path, base: Path, tokens: int, processes: int) -> Path:
     return sealed.folder
 
 
-def predict(base: Path, launch: str, tokens: int, checkpointing: bool, kind: str) -> Any:
+def predict(base: Path, launch: str, tokens: int, checkpointing: bool, cell: Any) -> Any:
     """The planner's numbers for one cell."""
     from pipeline.model.geometry import geometry_of
     from pipeline.model.memory import Setup, Work, plan
@@ -137,7 +138,8 @@ def predict(base: Path, launch: str, tokens: int, checkpointing: bool, kind: str
     cut = recipe.lora.layers.select(geometry.layers)[0]
     work = Work(geometry, recipe, tokens, cut, checkpointing)
     work = replace(work, predicted=tokens // 2, cached=tokens * processes * STEPS)
-    return plan(work, Setup(engine, processes, processes, kind))
+    work = replace(work, masked=cell.get("masked", False))
+    return plan(work, Setup(engine, processes, processes, cell["kind"]))
 
 
 def measure(folder: Path, spec: dict[str, Any], processes: int, default_malloc: bool) -> Any:
@@ -160,29 +162,30 @@ def measure(folder: Path, spec: dict[str, Any], processes: int, default_malloc: 
 
 
 def run_cell(
-    folder: Path, name: str, launch: str, tokens: int, on: bool, default_malloc: bool
+    folder: Path, key: str, done: dict[str, Any] | None, default_malloc: bool
 ) -> dict[str, Any]:
-    """One cell: predicted and measured bytes of the process that needs most."""
+    """One cell: predicted and measured bytes of the process that needs most. ``done``: the same cell,
+    measured before."""
+    name, launch, length, word = key.split("/")
+    tokens, on = int(length), word == "on"
     engine, processes = LAUNCHES[launch]
-    base, tiny = make_base(folder, name), make_base(folder, "tiny")
-    spec = {
-        "engine": engine,
-        "recipe": RECIPE | {"batch": {"rows": tokens // min(DOCUMENT, tokens) * processes}},
-        "checkpointing": on,
-        "warm": [str(tiny), str(make_pack(folder, tiny, 64, processes))],
-        "real": [str(base), str(make_pack(folder, base, tokens, processes))],
-    }
-    ranks = measure(folder, spec, processes, default_malloc)
-    most = max(ranks, key=lambda rank: rank["step_bytes"])
-    memory = predict(base, launch, tokens, on, most["kind"])
+    base = make_base(folder, name)
+    if done is None:
+        tiny = make_base(folder, "tiny")
+        spec = {
+            "engine": engine,
+            "recipe": RECIPE | {"batch": {"rows": tokens // min(DOCUMENT, tokens) * processes}},
+            "checkpointing": on,
+            "warm": [str(tiny), str(make_pack(folder, tiny, 64, processes))],
+            "real": [str(base), str(make_pack(folder, base, tokens, processes))],
+        }
+        ranks = measure(folder, spec, processes, default_malloc)
+        done = max(ranks, key=lambda rank: int(rank["step_bytes"]))
+    memory = predict(base, launch, tokens, on, done)
     predicted = memory.phases["step"]
-    return {
-        "device": most["device"],
+    return done | {
         "predicted_bytes": predicted,
-        "measured_bytes": most["step_bytes"],
-        "error": predicted / most["step_bytes"] - 1,
-        "process_bytes": most["process_bytes"],
-        "whole_run_measured_bytes": max(rank["run_bytes"] for rank in ranks),
+        "error": predicted / done["step_bytes"] - 1,
         "terms": memory.step,
     }
 
@@ -197,21 +200,23 @@ def main() -> None:
     options.add_argument("--tokens", nargs="+", type=int, default=[512])
     options.add_argument("--default-malloc", action="store_true")
     given = options.parse_args()
-    cells: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        for model in given.model:
-            for tokens in given.tokens:
-                for launch in given.engine:
-                    for on in (False, True):
-                        key = f"{model}/{launch}/{tokens}/{'on' if on else 'off'}"
-                        cell = run_cell(Path(name), model, launch, tokens, on, given.default_malloc)
-                        cells[key] = cell
-                        given.json.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
-                        print(
-                            f"{key:<28} predicted {cell['predicted_bytes'] / 1e6:7.0f} MB  measured"
-                            f" {cell['measured_bytes'] / 1e6:7.0f} MB  {cell['error']:+.1%}",
-                            flush=True,
-                        )
+    cells = json.loads(given.json.read_text())["cells"] if given.json.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for key in [
+            f"{model}/{launch}/{tokens}/{on}"
+            for model in given.model
+            for launch in given.engine
+            for tokens in given.tokens
+            for on in ("off", "on")
+        ]:
+            cell = run_cell(Path(folder), key, cells.get(key), given.default_malloc)
+            cells[key] = cell
+            given.json.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+            print(
+                f"{key:<24} predicted {cell['predicted_bytes'] / 1e6:7.0f} MB  measured"
+                f" {cell['step_bytes'] / 1e6:7.0f} MB  {cell['error']:+.1%}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

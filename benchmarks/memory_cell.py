@@ -20,9 +20,11 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 from rich.console import Console
+from transformers import AutoConfig
 
 from pipeline import artifact as art
 from pipeline import sft
+from pipeline.model.attention import choose
 from pipeline.recipes import Execution, SftRecipe
 from pipeline.stage import Context, Solo
 from pipeline.train.loop import Trainer
@@ -94,6 +96,7 @@ def main() -> None:
         sft.run(recipe, opened, scratch / "out", context)
     result = {
         "kind": device().type,
+        "masked": choose(AutoConfig.from_pretrained(spec["real"][0]), bf16=True) == "sdpa",
         "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
         "process_bytes": process,
         "step_bytes": peaks["step"] - process,

@@ -1,7 +1,8 @@
 """Bytes that a process of a training run needs, term by term and by phase. Torch-free.
 
 Counted from shapes, not fitted; held against measured peaks by ``benchmarks/memory.py``, and against
-the shards of real wrapped modules by ``tests/train/test_wrapping.py``. LoRA only.
+the shards of real wrapped modules by ``tests/train/test_wrapping.py``. LoRA only. Left out: the rows
+themselves, and what the base predicts on anchors (12 bytes times ``top_k`` a token).
 """
 
 from __future__ import annotations
@@ -93,14 +94,13 @@ def plan(work: Work, setup: Setup) -> Memory:
     head = _head(work, setup)
     back = again + activations.working(work.geometry, work.recipe.lora, work.row(setup.kind))
     back += _dequantized(work)
-    at_head = head + gathered
-    in_backward = back + gathered + passing + FP32 * adapter
-    step = held | {
+    if head >= back + passing:  # the two moments at which most is there
+        busy = {"loss head": head, "gathered weights": gathered}
+    else:
+        busy = {"one layer's backward": back, "gathered weights": gathered + passing}
+    step = held | busy
+    step |= {
         "activations": kept,
-        "loss head" if at_head >= in_backward else "one layer's backward": (
-            head if at_head >= in_backward else back
-        ),
-        "gathered weights": gathered + (0 if at_head >= in_backward else passing),
         "gradients": FP32 * adapter,
         "prefix cache, pages": cache_bytes(work) if setup.kind == "cpu" else 0,
     }
@@ -249,8 +249,8 @@ def _total(work: Work) -> int:
 
 def _load(work: Work, setup: Setup) -> int:
     """On the device, until the prefix is dropped and the engine has wrapped."""
-    if setup.engine.startswith("zero3"):
-        return weight_bytes(work, setup)
+    if setup.engine.startswith("zero3") and work.recipe.quantization == "none":
+        return -(-_total(work) // setup.world_size)
     if work.recipe.quantization == "nf4":
         return _total(work) + _dequantized(work)
     return 0 if setup.kind == "cuda" or _views(work) else _total(work)
@@ -267,17 +267,24 @@ def _prefix(work: Work, setup: Setup) -> int:
     width = work.size * g.hidden_size
     chunk = PREFIX_FEW if block == work.cut else PREFIX_CHUNK // width
     weights = block * one + work.size * g.vocab_size * g.hidden_size
-    passing = activations.working(g, work.recipe.lora, work.row(setup.kind))  # type: ignore[arg-type]
-    return weights + 2 * chunk * width + passing + _load(work, setup)
+    assert work.recipe.lora is not None
+    passing = activations.working(g, work.recipe.lora, work.row(setup.kind))
+    loaded = 0  # views of a file, or still on the host, until the engine wraps
+    quantized = work.recipe.quantization == "nf4"
+    if setup.engine.startswith("zero3") and not quantized:
+        loaded = weight_bytes(work, setup)
+    elif quantized or (setup.kind == "cpu" and not _views(work)):
+        loaded = weight_bytes(work, Setup("single"))
+    return weights + 2 * chunk * width + passing + loaded
 
 
 def _machine(work: Work, setup: Setup) -> dict[str, int]:
     """Host memory of one machine while its processes load: what is converted or quantized in each,
     and the base's pages, which all share."""
-    base = round(_total_stored(work))
+    base = _total_stored(work)
     own = 0 if _views(work) or (setup.kind == "cuda" and work.recipe.quantization == "nf4") else 1
     converted = own * _total(work) * setup.per_machine
-    if setup.engine.startswith("zero3"):
+    if setup.engine.startswith("zero3") and work.recipe.quantization == "none":
         converted = 0
     host = {
         "host memory, pages of the base": base,
