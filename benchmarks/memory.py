@@ -2,9 +2,9 @@
 
 python benchmarks/memory.py --json FILE [--model 135m 440m] [--engine single fsdpx2 zero3x2] [--tokens 512]
 
-Each cell trains two steps in new processes: rank 1 on up_proj in the middle third, bf16, packs of that
+Each cell trains some steps in new processes: rank 1 on up_proj in the middle third, bf16, packs of that
 many tokens in documents of 128 of which half are trained; with checkpointing and without. 135m is
-SmolLM2-135M-Instruct, 440m a random Llama made in a temporary folder. Measured is the high-water mark
+SmolLM2-135M-Instruct, 440m a random Llama made in a temporary folder (7b, for a GPU, one of 15 GB). Measured is the high-water mark
 of what a process holds (on a CPU of resident pages; on a GPU of allocated bytes) in the steps, less
 what it held before the model was loaded and after a tiny run of the same engine. FILE is written after
 each cell; the same command goes on where it was stopped. On a CPU glibc gives
@@ -31,7 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 LAUNCHES = {"single": ("single", 1), "fsdpx2": ("fsdp", 2), "zero3x2": ("zero3", 2)}
 LAUNCHES |= {"ddpx2": ("ddp", 2), "zero2x2": ("zero2", 2)}
-DOCUMENT, STEPS = 128, 2
+DOCUMENT = 128
+# ZeRO-3 keeps what it has fetched only after it has recorded a whole step
+STEPS = {"zero3": 4}
 RECIPE: dict[str, Any] = {
     "lora": {"targets": ["up_proj"], "layers": {"from_fraction": 0.3333, "to_fraction": 0.6667}},
     "optimizer": {"learning_rate": 0.001},
@@ -45,6 +47,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 2816,
         "num_hidden_layers": 36,
         "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
+    "7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
         "num_key_value_heads": 4,
     },
     "tiny": {
@@ -75,7 +85,7 @@ def make_base(folder: Path, name: str) -> Path:
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         torch.manual_seed(0)
-        config = LlamaConfig(tie_word_embeddings=True, **SHAPES[name])
+        config = LlamaConfig(tie_word_embeddings=name != "7b", **SHAPES[name])
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(out, max_shard_size="200MB")
         return {"source": name}
@@ -83,11 +93,13 @@ def make_base(folder: Path, name: str) -> Path:
     return art.adopt(folder, "base", {"source": name}, fill).folder
 
 
-def make_pack(folder: Path, base: Path, tokens: int, processes: int) -> Path:
-    """A sealed pack of random documents: STEPS steps of one full pack a process."""
+def make_pack(folder: Path, base: Path, tokens: int, launch: str) -> Path:
+    """A sealed pack of random documents: some steps of one full pack a process."""
     from pipeline import artifact as art
     from pipeline import pack
 
+    engine, processes = LAUNCHES[launch]
+    count = STEPS.get(engine, 2)
     vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
     random = np.random.default_rng(0)
     length = min(DOCUMENT, tokens)
@@ -100,14 +112,14 @@ def make_pack(folder: Path, base: Path, tokens: int, processes: int) -> Path:
             "trained": trained,
             "kind": 0,
         }
-        for number in range(each * STEPS)
+        for number in range(each * count)
     ]
-    final = folder / f"pack-{base.name}-{tokens}-{processes}"
+    final = folder / f"pack-{base.name}-{tokens}-{launch}"
     if final.exists():
         return final
     staging = art.stage_folder(final)
     pack.write_tokens(staging / "tokens.safetensors", documents, [])
-    steps = [[list(range(s * each, (s + 1) * each)) for s in range(STEPS)]]
+    steps = [[list(range(s * each, (s + 1) * each)) for s in range(count)]]
     (staging / "steps.json").write_text(json.dumps(steps))
     names = {"train": [d["id"] for d in documents], "dev": []}
     (staging / "documents.json").write_text(json.dumps(names))
@@ -137,7 +149,7 @@ def predict(base: Path, launch: str, tokens: int, checkpointing: bool, cell: Any
     assert recipe.lora is not None
     cut = recipe.lora.layers.select(geometry.layers)[0]
     work = Work(geometry, recipe, tokens, cut, checkpointing)
-    work = replace(work, predicted=tokens // 2, cached=tokens * processes * STEPS)
+    work = replace(work, predicted=tokens // 2, cached=tokens * processes * STEPS.get(engine, 2))
     work = replace(work, masked=cell.get("masked", False))
     return plan(work, Setup(engine, processes, processes, cell["kind"]))
 
@@ -176,8 +188,8 @@ def run_cell(
             "engine": engine,
             "recipe": RECIPE | {"batch": {"rows": tokens // min(DOCUMENT, tokens) * processes}},
             "checkpointing": on,
-            "warm": [str(tiny), str(make_pack(folder, tiny, 64, processes))],
-            "real": [str(base), str(make_pack(folder, base, tokens, processes))],
+            "warm": [str(tiny), str(make_pack(folder, tiny, 64, launch))],
+            "real": [str(base), str(make_pack(folder, base, tokens, launch))],
         }
         ranks = measure(folder, spec, processes, default_malloc)
         done = max(ranks, key=lambda rank: int(rank["step_bytes"]))
@@ -196,7 +208,9 @@ def main() -> None:
     options.add_argument(
         "--engine", nargs="+", choices=LAUNCHES, default=["single", "fsdpx2", "zero3x2"]
     )
-    options.add_argument("--model", nargs="+", choices=("135m", "440m"), default=["135m", "440m"])
+    options.add_argument(
+        "--model", nargs="+", choices=("135m", "440m", "7b"), default=["135m", "440m"]
+    )
     options.add_argument("--tokens", nargs="+", type=int, default=[512])
     options.add_argument("--default-malloc", action="store_true")
     given = options.parse_args()

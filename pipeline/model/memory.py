@@ -206,7 +206,8 @@ def _gathered(work: Work, setup: Setup) -> tuple[int, int]:
 
     FSDP2 keeps what is outside of the layers (the head) until backward ends, and the last layer's
     gathered buffer; in backward one layer is whole while the next one's buffer fills. ZeRO-3 keeps
-    small tensors always, and fetched ones while fewer than LIVE elements are there.
+    small tensors, and fetched ones while fewer than LIVE elements are there, as soon as it has
+    recorded a whole step (from the third or fourth on); beyond that it fetches PREFETCH ahead.
     """
     if not setup.sharded or setup.world_size == 1:
         return 0, 0
@@ -217,12 +218,11 @@ def _gathered(work: Work, setup: Setup) -> tuple[int, int]:
             one = round(sum(math.prod(s) for s in layer) * 0.5)
         return _whole(root, work) + one, 2 * one
     shapes = layer * (work.geometry.layers - work.cut) + root
-    fetched = sum(math.prod(s) for s in shapes if math.prod(s) >= PERSISTENT)
     small = [s for s in shapes if math.prod(s) < PERSISTENT]
+    fetched = sum(map(math.prod, shapes)) - sum(map(math.prod, small))
     largest = max(map(math.prod, shapes))
-    return _whole(small, work) + min(fetched, max(LIVE, largest)) * work.size, min(
-        PREFETCH, fetched
-    ) * work.size
+    passing = PREFETCH * work.size if fetched > LIVE else 0
+    return _whole(small, work) + min(fetched, max(LIVE, largest)) * work.size, passing
 
 
 def _dequantized(work: Work) -> int:
