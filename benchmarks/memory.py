@@ -4,12 +4,15 @@ python benchmarks/memory.py --json FILE [--model 135m 440m] [--engine single fsd
 
 Each cell trains some steps in new processes: rank 1 on up_proj in the middle third, bf16, packs of that
 many tokens in documents of 128 of which half are trained; with checkpointing and without. 135m is
-SmolLM2-135M-Instruct, 440m a random Llama made in a temporary folder (7b, for a GPU, one of 15 GB). Measured is the high-water mark
-of what a process holds (on a CPU of resident pages; on a GPU of allocated bytes) in the steps, less
-what it held before the model was loaded and after a tiny run of the same engine. FILE is written after
-each cell; the same command goes on where it was stopped. On a CPU glibc gives
-blocks of 128 KiB and more back when they are freed (MALLOC_MMAP_THRESHOLD_): with its defaults freed
-blocks of up to 32 MB stay in the process, which is no need of the training; --default-malloc shows it.
+SmolLM2-135M-Instruct, 440m a random Llama made in a temporary folder (7b, for a GPU, one of 15 GB).
+
+Measured is the high-water mark of what a process holds (on a CPU of resident pages; on a GPU of
+allocated bytes) in the steps, less what it held before the model was loaded and after a tiny run of the
+same engine. FILE is written after each cell; the same command goes on where it was stopped.
+
+On a CPU glibc gives blocks of 128 KiB and more back when they are freed (MALLOC_MMAP_THRESHOLD_): with
+its defaults freed blocks of up to 32 MB stay in the process, which is no need of the training;
+--default-malloc shows it.
 """
 
 from __future__ import annotations
