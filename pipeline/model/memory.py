@@ -168,7 +168,8 @@ def _held(work: Work, setup: Setup, adapter: int) -> dict[str, int]:
     if setup.engine == "zero3-offload" and setup.kind == "cuda":
         weights = 0
     split = -(-adapter // world) if zero else adapter
-    copies = (2 if setup.sharded else 1) * split + (split if zero else 0) if zero else 0
+    # ZeRO: its part in fp32 and of the gradients; stage 3 also the part that it gathers from
+    copies = (3 if setup.sharded else 2) * split if zero else 0
     held = {
         "weights": weights,
         "adapter": FP32 * (origin * adapter + copies),
