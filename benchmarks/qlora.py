@@ -100,7 +100,7 @@ def run_cell(name: str, inputs: dict[str, str]) -> list[float]:
         path.write_text(
             json.dumps({"engine": engine, "nf4": nf4, "scratch": scratch, "inputs": inputs})
         )
-        command = [sys.executable, __file__, "--run", str(path)]
+        command = [sys.executable, __file__, "--spec", str(path)]
         if processes > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
             command[1:1] = [*launcher, str(processes)]
@@ -156,10 +156,10 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--json", type=Path)
     options.add_argument("--cell", nargs="+", choices=CELLS, default=list(CELLS))
-    options.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--spec", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
-    if given.run:
-        return run_here(given.run)
+    if given.spec:
+        return run_here(given.spec)
     if not given.json:
         options.error("--json FILE is needed")
     cells: dict[str, Any] = {}

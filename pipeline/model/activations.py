@@ -21,12 +21,15 @@ class Row:
 
     ``masked``: PyTorch's own attention with a mask of T x T, in place of one call a document
     (CPU) or FlashAttention (GPU), which keep no more than queries, keys, values and their sums.
+    ``linear_inputs``: ZeRO-3's own linear function keeps its input, whether its weight is trained or
+    not.
     """
 
     tokens: int
     dtype_bytes: int
     masked: bool = False
     fused_dropout: bool = False
+    linear_inputs: bool = False
 
 
 def saved(
@@ -88,9 +91,13 @@ def _layer(
         mask = (1 if row.fused_dropout else size) if recipe.dropout and gradient else 0
         return FP32 * width * copies + len(here) * (FP32 * recipe.rank + mask * width)
 
+    def linear(width: int, gradient: bool) -> int:
+        return size * width if row.linear_inputs and gradient else 0
+
+    own = row.linear_inputs
     if gradient:
-        token += _norm(g.hidden_size, 1)
-    token += adapters(("q_proj", "k_proj", "v_proj"), g.hidden_size, gradient, False)
+        token += _norm(g.hidden_size, 1) + linear(g.hidden_size, gradient)
+    token += adapters(("q_proj", "k_proj", "v_proj"), g.hidden_size, gradient, own and gradient)
     by = {name: gradient or name in targets for name in ATTENTION}
     if g.architecture == "qwen3":
         token += _norm(queries, g.heads) if by["q_proj"] else 0
@@ -104,11 +111,12 @@ def _layer(
     token += adapters(("o_proj",), queries, attends, attends)
     gradient = attends or "o_proj" in targets
     if gradient:
-        token += _norm(g.hidden_size, 1)
-    token += adapters(("gate_proj", "up_proj"), g.hidden_size, gradient, False)
+        token += _norm(g.hidden_size, 1) + linear(g.hidden_size, gradient)
+    token += adapters(("gate_proj", "up_proj"), g.hidden_size, gradient, own and gradient)
     gate, up = gradient or "gate_proj" in targets, gradient or "up_proj" in targets
     token += size * g.intermediate_size * (2 * gate + up)  # the gate, the other factor; silu(gate)
-    token += adapters(("down_proj",), g.intermediate_size, gate or up, False)
+    token += linear(g.intermediate_size, gate or up)
+    token += adapters(("down_proj",), g.intermediate_size, gate or up, own and (gate or up))
     return row.tokens * token
 
 

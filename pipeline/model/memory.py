@@ -16,7 +16,7 @@ from pipeline.model.activations import BYTES, FP32, Row
 from pipeline.model.geometry import linear_shapes, lora_parameters
 from pipeline.recipes import Geometry, SftRecipe
 
-NF4_BYTES = 0.5 + FP32 / 64  # four bits, and a scale for every 64 weights
+SCALE_OF = 64  # NF4 weights share one scale in fp32
 HEAD_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # of fp32 logits; train/head.py
 HEAD_COPIES = 4  # logits, log-probabilities, and the gradient of each
 PREFIX_BLOCK, PREFIX_CHUNK, PREFIX_FEW = 2**31, 2**29, 4096  # model/prefix.py
@@ -63,8 +63,10 @@ class Work:
         """Bytes of a frozen number that is not quantized."""
         return BYTES[self.recipe.precision]
 
-    def row(self, kind: str) -> Row:
-        return Row(self.tokens, self.size, self.masked, fused_dropout=kind == "cuda")
+    def row(self, setup: Setup) -> Row:
+        own_linear = setup.engine.startswith("zero3") and self.recipe.quantization == "none"
+        on_gpu = setup.kind == "cuda"
+        return Row(self.tokens, self.size, self.masked, on_gpu, own_linear)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def plan(work: Work, setup: Setup) -> Memory:
     kept, again = _kept(work, setup)
     gathered, passing = _gathered(work, setup)
     head = _head(work, setup)
-    back = again + activations.working(work.geometry, work.recipe.lora, work.row(setup.kind))
+    back = again + activations.working(work.geometry, work.recipe.lora, work.row(setup))
     back += _dequantized(work)
     if head >= back + passing:  # the two moments at which most is there
         busy = {"loss head": head, "gathered weights": gathered}
@@ -142,17 +144,26 @@ def weight_bytes(work: Work, setup: Setup) -> int:
 
 def _share(shape: tuple[int, ...], work: Work, setup: Setup, *, quantized: bool = False) -> int:
     """A process's bytes of one frozen tensor. FSDP splits rows, ZeRO-3 elements; both round up. NF4
-    weights are split as the one column of bytes they are packed into; their scales stay whole."""
-    numel, world = math.prod(shape), setup.world_size
-    if quantized and len(shape) == 2 and work.recipe.quantization == "nf4":
-        packed = numel // 2 // work.size  # numbers of the storage type, one a row
-        shards = world if setup.engine == "fsdp" else 1
-        return -(-packed // shards) * work.size + round(numel * FP32 / 64)
+    weights are split as the one column that they are packed into; their scales stay whole."""
+    numel, world = _numbers(shape, work, quantized), setup.world_size
+    if quantized and _packed(shape, work):
+        split = world if setup.sharded else 1
+        return -(-numel // split) * work.size + round(math.prod(shape) * FP32 / SCALE_OF)
     if setup.engine == "fsdp":
         return -(-shape[0] // world) * (numel // shape[0]) * work.size
     if setup.engine.startswith("zero3"):
         return -(-numel // world) * work.size
     return numel * work.size
+
+
+def _packed(shape: tuple[int, ...], work: Work) -> bool:
+    return len(shape) == 2 and work.recipe.quantization == "nf4"
+
+
+def _numbers(shape: tuple[int, ...], work: Work, quantized: bool) -> int:
+    """Elements of a tensor as engines see them: two NF4 weights a byte, in numbers of the storage."""
+    packs = quantized and _packed(shape, work)
+    return math.prod(shape) // (2 * work.size if packs else 1)
 
 
 def _whole(shapes: list[tuple[int, ...]], work: Work) -> int:
@@ -182,7 +193,7 @@ def _held(work: Work, setup: Setup, adapter: int) -> dict[str, int]:
 
 def _kept(work: Work, setup: Setup) -> tuple[int, int]:
     """Activations that wait for backward in all layers, and what one layer makes again."""
-    g, row = work.geometry, work.row(setup.kind)
+    g, row = work.geometry, work.row(setup)
     layers = range(work.cut, g.layers)
     each = activations.saved(g, work.recipe, layers, row)
     once = activations.around(g, row, attends=len(layers) > 1)
@@ -214,16 +225,14 @@ def _gathered(work: Work, setup: Setup) -> tuple[int, int]:
         return 0, 0
     layer, root = frozen_shapes(work)
     if setup.engine == "fsdp":
-        one = _whole(layer, work)
-        if work.recipe.quantization == "nf4":
-            one = round(sum(math.prod(s) for s in layer) * 0.5)
+        one = sum(_numbers(shape, work, True) for shape in layer) * work.size
         return _whole(root, work) + one, 2 * one
-    shapes = layer * (work.geometry.layers - work.cut) + root
-    small = [s for s in shapes if math.prod(s) < PERSISTENT]
-    fetched = sum(map(math.prod, shapes)) - sum(map(math.prod, small))
-    largest = max(map(math.prod, shapes))
-    passing = PREFETCH * work.size if fetched > LIVE else 0
-    return _whole(small, work) + min(fetched, max(LIVE, largest)) * work.size, passing
+    numbers = [_numbers(shape, work, True) for shape in layer] * (work.geometry.layers - work.cut)
+    numbers += [math.prod(shape) for shape in root]
+    small = sum(n for n in numbers if n < PERSISTENT)
+    fetched = sum(numbers) - small
+    kept = min(fetched, max(LIVE, *numbers))
+    return (small + kept) * work.size, (PREFETCH if fetched > LIVE else 0) * work.size
 
 
 def _dequantized(work: Work) -> int:
@@ -269,7 +278,7 @@ def _prefix(work: Work, setup: Setup) -> int:
     chunk = PREFIX_FEW if block == work.cut else PREFIX_CHUNK // width
     weights = block * one + work.size * g.vocab_size * g.hidden_size
     assert work.recipe.lora is not None
-    passing = activations.working(g, work.recipe.lora, work.row(setup.kind))
+    passing = activations.working(g, work.recipe.lora, work.row(setup))
     loaded = 0  # views of a file, or still on the host, until the engine wraps
     quantized = work.recipe.quantization == "nf4"
     if setup.engine.startswith("zero3") and not quantized:

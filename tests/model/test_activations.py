@@ -96,6 +96,21 @@ def test_dropout_in_the_adapter_is_counted(precision: str) -> None:
     assert planned == kept_by_autograd(config, recipe, 1, False)
 
 
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_linear_keeps_under_zero3_is_counted(
+    precision: str, targets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    config, recipe = config_of("llama"), recipe_of(precision, targets)
+    row = Row(TOKENS, 2 if precision == "bf16" else 4, linear_inputs=True)
+    geometry = geometry_of(config.to_dict())
+    planned = sum(saved(geometry, recipe, range(1, LAYERS), row)) + around(geometry, row, True)
+    assert planned == kept_by_autograd(config, recipe, 1, False)
+
+
 def test_a_sliding_window_is_counted_with_a_mask_a_layer() -> None:
     config, recipe = config_of("mistral", sliding_window=16), recipe_of("bf16", ["up_proj"])
     row = Row(TOKENS, 2, masked=True)

@@ -95,6 +95,7 @@ def test_zero3_shards_are_as_planned_under_a_fake_process_group(
     """One layer: DeepSpeed cannot shard what is on the meta device, and partitions each tensor alike."""
     import deepspeed
 
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # restored
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
     monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)
