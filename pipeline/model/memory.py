@@ -229,7 +229,7 @@ def _gathered(work: Work, setup: Setup) -> tuple[int, int]:
         return _whole(root, work) + one, 2 * one
     numbers = [_numbers(shape, work, True) for shape in layer] * (work.geometry.layers - work.cut)
     numbers += [math.prod(shape) for shape in root]
-    small = sum(n for n in numbers if n < PERSISTENT)
+    small = sum(n for n in numbers if n <= PERSISTENT)
     fetched = sum(numbers) - small
     kept = min(fetched, max(LIVE, *numbers))
     return (small + kept) * work.size, (PREFETCH if fetched > LIVE else 0) * work.size
