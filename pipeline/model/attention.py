@@ -109,9 +109,10 @@ def varlen(
     if at is None or longest is None:
         longest = len(q)
         at = torch.arange(0, longest + 1, longest, dtype=torch.int32, device=q.device)
-    output: Tensor = varlen_attn(
+    output = varlen_attn(
         q, k, v, at, at, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=True
     )
+    assert isinstance(output, Tensor)  # without return_aux
     return output[None], None
 
 
