@@ -47,6 +47,7 @@ def reference(
         **identity,
         "engine": engine.name,
         "capacity": capacity,
+        "beginnings": documents.share_beginnings,
         "tokens": digest_of([documents.tokens_of(d) for d in documents.kl_documents]),
         "trained": digest_of([documents.trained_of(d) for d in documents.kl_documents]),
     }
