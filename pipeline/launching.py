@@ -1,9 +1,11 @@
-"""Starting one stage as a child: plain python, or ``deepspeed`` / ``torchrun`` for training."""
+"""Starting one stage as a child: a fork, or ``deepspeed`` / ``torchrun`` / python for training."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from pipeline.errors import RecipeError, Stopped
-from pipeline.stage import ROOT, STATUS_FILE
+from pipeline.stage import ROOT, STATUS_FILE, main
 
+Started = tuple[int, Callable[[], int | None]]  # process id (it leads its group), and how to wait
 ENGINES = ("zero3", "zero2", "zero1", "zero3-offload", "fsdp", "ddp", "single")
 
 
@@ -67,22 +72,29 @@ def launch_stage(name: str, job: Path, options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
         environment[STATUS_FILE] = str(status)
-        child = subprocess.Popen(
-            command_of(name, job, options), env=environment, start_new_session=True
-        )
-
+        running: list[int] = []
         asked: list[int] = []
 
         def forward(number: int, frame: object) -> None:
             asked.append(number)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGTERM)
+            for group in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGTERM)
 
         before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
-            code = child.wait()
-            while _lives(child.pid):
+            start = _spawn if name == "sft" or _accelerators() else _fork
+            pid, wait = start(name, command_of(name, job, options), environment)
+            running.append(pid)
+            if asked:  # while it was starting
+                forward(asked[0], None)
+            code = wait()
+            while _lives(pid):
                 time.sleep(0.05)
+        except (EOFError, OSError):
+            if not asked:
+                raise
+            return Stopped.exit_code  # Ctrl-C reached the process that forks
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -101,6 +113,52 @@ def _lives(group: int) -> bool:
             if int(own) == group and state not in "ZX":
                 return True
     return False
+
+
+def _spawn(name: str, command: list[str], environment: dict[str, str]) -> Started:
+    """A process of its own, and of its own group."""
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    return child.pid, child.wait
+
+
+def _fork(name: str, command: list[str], environment: dict[str, str]) -> Started:
+    """The same, forked from a process that has imported what stages import (``pipeline/warm.py``)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.warm"])
+    ready, there = context.Pipe(duplex=False)
+    child = context.Process(target=_stage, args=(name, command[2:], environment, there))
+    stated = dict(os.environ)
+    os.environ.update(environment)  # the server is started with the first stage; OpenMP reads it
+    try:
+        child.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(stated)
+    there.close()
+    with contextlib.suppress(EOFError):  # it died at once; its exit code says so
+        ready.recv()  # it leads its own group now
+
+    def wait() -> int | None:
+        child.join()
+        return child.exitcode
+
+    assert child.pid is not None
+    return child.pid, wait
+
+
+def _stage(name: str, argv: list[str], environment: dict[str, str], ready: Connection) -> None:
+    """What ``python pipeline/NAME.py ARGV`` does, in a fork."""
+    os.setsid()
+    ready.send(None)
+    ready.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.exit(main(name, importlib.import_module(f"pipeline.{name}").run, argv))
+
+
+def _accelerators() -> bool:
+    """True where there is a GPU: libraries may touch it when imported, and no fork survives that."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 
 def _free_port() -> int:

@@ -189,13 +189,20 @@ class Store:
     registry: Registry
 
 
+def load_mlflow() -> Callable[..., Any]:
+    """Import mlflow with our settings, which it reads as it is imported; returns its client."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    client: Callable[..., Any] = mlflow.MlflowClient
+    return client
+
+
 def connect(runs: Path) -> Store:
     """Open the store and make its experiment; any error means that it cannot be used now."""
     uri = store_uri(runs)
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
+    make_client = load_mlflow()
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
     if not _served(uri):
@@ -210,7 +217,7 @@ def connect(runs: Path) -> Store:
     with first or contextlib.nullcontext():
         if database and not database.exists():
             shutil.rmtree(Spool(runs).marks(store), ignore_errors=True)
-        client = MlflowClient(tracking_uri=uri)
+        client = make_client(tracking_uri=uri)
         experiment = _open_experiment(client, uri, runs)
     registry = Registry(client, experiment, runs, _served(registry_uri))
     return Store(client, store, experiment, runs, registry)

@@ -67,6 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(STAGES, PARTS | MADE_OF | SHELL),
     "launching": PARTS | SHELL,
     "planning": PARTS | SHELL | {"model"},
+    "warm": {"tracking"},
     "summary": PARTS | SHELL | {"evals"},
     "cli": PARTS | SHELL | {"jobfile", "launching", "planning", "summary", "model"},
 }

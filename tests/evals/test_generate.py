@@ -76,6 +76,34 @@ def test_long_answers_outgrow_the_first_cache(base_folder: Path) -> None:
     assert [len(g.ids) for g in got] == [200, 150, 1]
 
 
+def test_rows_that_leave_make_room_in_place(base_folder: Path) -> None:
+    """Slots are taken over by rows from the end, again and again, while others go on."""
+    model = load_model(base_folder, torch.float32)
+    rng = np.random.default_rng(5)
+    asked = [
+        Request(f"row:{i}", rng.integers(3, 600, size=int(rng.integers(1, 9))).tolist(), limit)
+        for i, limit in enumerate([70, 1, 3, 120, 2, 90, 5, 1, 1, 33, 8, 64, 2, 100, 7] * 2)
+    ]
+    got = generate(model, asked, end_ids=frozenset({607}), batch_rows=8)
+    assert got == [alone(model, request, frozenset({607})) for request in asked]
+
+
+def test_a_prompt_that_is_asked_twice_is_answered_once(base_folder: Path) -> None:
+    model = load_model(base_folder, torch.float32)
+    passed: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda m, a, out: passed.append(len(out)))
+    once = [Request("a", [5, 6, 7], 9), Request("b", [5, 6, 7], 4), Request("c", [8, 6], 9)]
+    want = generate(model, once, end_ids=ENDS, batch_rows=8)
+    rows = sum(passed)
+    passed.clear()
+    seen: list[int] = []
+    asked = [*once, *(Request(f"{r.id}:2", r.prompt_ids, r.max_new_tokens) for r in once)]
+    got = generate(model, asked, end_ids=ENDS, batch_rows=8, done=lambda i, g: seen.append(i))
+    assert got == want * 2
+    assert sorted(seen) == list(range(6))
+    assert sum(passed) == rows
+
+
 def test_sampling_is_seeded_by_row_and_follows_the_model(base_folder: Path) -> None:
     model = load_model(base_folder, torch.float32)
     options: dict[str, Any] = {"end_ids": ENDS, "temperature": 1.0}
@@ -96,11 +124,13 @@ def test_sampling_is_seeded_by_row_and_follows_the_model(base_folder: Path) -> N
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_loss_equals_each_row_alone(base_folder: Path) -> None:
+@pytest.mark.parametrize("shared", [0, 20])
+def test_loss_equals_each_row_alone(base_folder: Path, shared: int) -> None:
     model = load_model(base_folder, torch.float32)
     rng = np.random.default_rng(0)
+    head = rng.integers(3, 600, size=shared).tolist()
     pairs = [
-        (rng.integers(3, 600, size=p).tolist(), rng.integers(3, 600, size=t).tolist())
+        (head + rng.integers(3, 600, size=p).tolist(), rng.integers(3, 600, size=t).tolist())
         for p, t in [(1, 1), (30, 12), (5, 400), (80, 3), (64, 64), (7, 1)] * 6
     ]
     for (nats, tokens), (prompt, target) in zip(loss(model, pairs), pairs, strict=True):
