@@ -35,8 +35,7 @@ sys.path.insert(0, str(ROOT))
 LAUNCHES = {"single": ("single", 1), "fsdpx2": ("fsdp", 2), "zero3x2": ("zero3", 2)}
 LAUNCHES |= {"ddpx2": ("ddp", 2), "zero2x2": ("zero2", 2)}
 DOCUMENT = 128
-# ZeRO-3 keeps what it has fetched only after it has recorded a whole step
-STEPS = {"zero3": 4}
+STEPS = {"zero3": 4}  # two until it has recorded the order of a step; else 2
 RECIPE: dict[str, Any] = {
     "lora": {"targets": ["up_proj"], "layers": {"from_fraction": 0.3333, "to_fraction": 0.6667}},
     "optimizer": {"learning_rate": 0.001},

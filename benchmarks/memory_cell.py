@@ -65,6 +65,7 @@ def main() -> None:
     train = Trainer.run
 
     def watched(self: Trainer, *arguments: Any) -> Any:
+        gc.collect()  # what loading leaves to the garbage collector
         peaks["run"] = most()
         again()
         try:

@@ -20,8 +20,7 @@ SCALE_OF = 64  # NF4 weights share one scale in fp32
 HEAD_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # of fp32 logits; train/head.py
 HEAD_COPIES = 4  # logits, log-probabilities, and the gradient of each
 PREFIX_BLOCK, PREFIX_CHUNK, PREFIX_FEW = 2**31, 2**29, 4096  # model/prefix.py
-# ds_configs/zero*.json, in elements
-PERSISTENT, LIVE, PREFETCH, BUCKET = 10**6, 10**9, 5 * 10**7, 5 * 10**7
+PERSISTENT, BUCKET = 10**6, 5 * 10**7  # ds_configs/zero*.json, in elements
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,12 @@ def plan(work: Work, setup: Setup) -> Memory:
     adapter = lora_parameters(work.geometry, work.recipe.lora)
     held = _held(work, setup, adapter)
     kept, again = _kept(work, setup)
-    gathered, passing = _gathered(work, setup)
+    gathered, table, passing = _gathered(work, setup)
     head = _head(work, setup)
     back = again + activations.working(work.geometry, work.recipe.lora, work.row(setup))
     back += _dequantized(work)
-    if head >= back + passing:  # the two moments at which most is there
-        busy = {"loss head": head, "gathered weights": gathered}
+    if head + table >= back + passing:  # the two moments at which most is there
+        busy = {"loss head": head, "gathered weights": gathered + table}
     else:
         busy = {"one layer's backward": back, "gathered weights": gathered + passing}
     step = held | busy
@@ -213,26 +212,28 @@ def _head(work: Work, setup: Setup) -> int:
     return logits + 3 * work.size * predicted * g.hidden_size
 
 
-def _gathered(work: Work, setup: Setup) -> tuple[int, int]:
-    """Whole weights that a sharded engine holds through a step, and beside them in backward.
+def _gathered(work: Work, setup: Setup) -> tuple[int, int, int]:
+    """Whole weights that a sharded engine holds through a step, beside them at the head, and in backward.
 
     FSDP2 keeps what is outside of the layers (the head) until backward ends, and the last layer's
     gathered buffer; in backward one layer is whole while the next one's buffer fills. ZeRO-3 keeps
-    small tensors, and fetched ones while fewer than LIVE elements are there, as soon as it has
-    recorded a whole step (from the third or fourth on); beyond that it fetches PREFETCH ahead.
+    small tensors, and lets go of the others after use, in the recorded order too; a layer that is
+    computed again is whole until its backward has passed.
     """
     if not setup.sharded or setup.world_size == 1:
-        return 0, 0
+        return 0, 0, 0
     layer, root = frozen_shapes(work)
+    numbers = [_numbers(shape, work, True) for shape in layer]
     if setup.engine == "fsdp":
-        one = sum(_numbers(shape, work, True) for shape in layer) * work.size
-        return _whole(root, work) + one, 2 * one
-    numbers = [_numbers(shape, work, True) for shape in layer] * (work.geometry.layers - work.cut)
-    numbers += [math.prod(shape) for shape in root]
-    small = sum(n for n in numbers if n <= PERSISTENT)
-    fetched = sum(numbers) - small
-    kept = min(fetched, max(LIVE, *numbers))
-    return (small + kept) * work.size, (PREFETCH if fetched > LIVE else 0) * work.size
+        one = sum(numbers) * work.size
+        return _whole(root, work) + one, 0, 2 * one
+    small = [n for n in numbers if n <= PERSISTENT]
+    fetched = [n for n in numbers if n > PERSISTENT]
+    always = (work.geometry.layers - work.cut) * sum(small) + work.geometry.hidden_size
+    table = work.geometry.vocab_size * work.geometry.hidden_size
+    always, table = (always + table, 0) if table <= PERSISTENT else (always, table)
+    passing = sum(fetched) if work.checkpointing else max(fetched, default=0)
+    return always * work.size, table * work.size, passing * work.size
 
 
 def _dequantized(work: Work) -> int:
