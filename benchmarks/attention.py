@@ -3,12 +3,15 @@
 python benchmarks/attention.py [--json FILE]
 
 Shapes of SmolLM2-135M (9 heads, 3 key heads, 64 channels), about 1,000 tokens in documents of one
-length, bf16, median of the rounds in milliseconds. All ways are run in turn in every round.
+length, bf16, median of the rounds in milliseconds. All ways are run in turn in every round. A second
+table has the forward pass alone, and flex attention (compiled, with a mask of blocks by document that
+is made beforehand): PyTorch has no backward pass of it for CPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -19,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from pipeline.model.attention import per_document
 
@@ -57,49 +61,96 @@ def block_mask(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
     return out.transpose(1, 2)
 
 
+compiled = torch.compile(flex_attention, dynamic=False)  # its C++ for dynamic shapes is not valid
+
+
+@functools.cache
+def blocks(starts: tuple[int, ...]) -> BlockMask:
+    """Which blocks of 128 x 128 scores hold some that count, for causal documents."""
+    document = torch.zeros(starts[-1], dtype=torch.long)
+    document[list(starts[1:-1])] = 1
+    document = document.cumsum(0)
+
+    def counts(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[query] == document[key])
+
+    return create_block_mask(counts, None, None, starts[-1], starts[-1], device="cpu")
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
+    """One compiled kernel that skips the blocks between documents."""
+    out = compiled(q, k, v, block_mask=blocks(tuple(starts)), enable_gqa=True)
+    return out.transpose(1, 2)
+
+
 WAYS: dict[str, Way] = {
     "block mask": block_mask,
     "a call each": one_call_each,
     "untaxed": ours,
 }
+FORWARD = WAYS | {"flex": flex}
 
 
-def milliseconds(way: Way, tensors: list[Tensor], starts: list[int], by_output: Tensor) -> float:
+def both_passes(way: Way, tensors: list[Tensor], starts: list[int], by_output: Tensor) -> float:
     started = time.perf_counter()
     way(*tensors, starts).backward(by_output)
     return (time.perf_counter() - started) * 1e3
+
+
+@torch.no_grad()
+def forward_pass(way: Way, tensors: list[Tensor], starts: list[int], by_output: Tensor) -> float:
+    plain = [t.detach() for t in tensors]
+    started = time.perf_counter()
+    way(*plain, starts)
+    return (time.perf_counter() - started) * 1e3
+
+
+def medians(
+    length: int, ways: dict[str, Way], milliseconds: Callable[..., float], rounds: int
+) -> dict[str, float]:
+    """Of each way, over documents of ``length`` tokens."""
+    starts = list(range(0, max(1, TOKENS // length) * length + 1, length))
+    generator = torch.Generator().manual_seed(length)
+
+    def random(heads: int) -> Tensor:
+        values = torch.randn(1, starts[-1], heads, CHANNELS, generator=generator)
+        return values.bfloat16().transpose(1, 2)
+
+    tensors = [random(heads).requires_grad_() for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    by_output = random(HEADS).transpose(1, 2)
+    with torch.no_grad():
+        outputs = [way(*(t.detach() for t in tensors), starts) for way in ways.values()]
+    for output in outputs:  # what is timed is the same attention
+        torch.testing.assert_close(output, outputs[0], rtol=0.05, atol=0.02)
+    spent: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 2):
+        for name, way in ways.items():
+            one = milliseconds(way, tensors, starts, by_output)
+            if number >= 2:
+                spent[name].append(one)
+    return {name: statistics.median(each) for name, each in spent.items()}
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", type=Path)
     options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     given = options.parse_args()
-    table = []
-    print(f"{'tokens':>7} {'documents':>10}" + "".join(f"{name:>14}" for name in WAYS) + "  (ms)")
-    for length in LENGTHS:
-        count = max(1, TOKENS // length)
-        starts = list(range(0, count * length + 1, length))
-        generator = torch.Generator().manual_seed(length)
-
-        def random(heads: int, tokens: int, generator: torch.Generator = generator) -> Tensor:
-            values = torch.randn(1, tokens, heads, CHANNELS, generator=generator)
-            return values.bfloat16().transpose(1, 2)
-
-        tensors = [random(h, starts[-1]).requires_grad_() for h in (HEADS, KEY_HEADS, KEY_HEADS)]
-        by_output = random(HEADS, starts[-1]).transpose(1, 2)
-        rounds: dict[str, list[float]] = {name: [] for name in WAYS}
-        for number in range(given.rounds + 2):
-            for name, way in WAYS.items():
-                spent = milliseconds(way, tensors, starts, by_output)
-                if number >= 2:
-                    rounds[name].append(spent)
-        medians = {name: statistics.median(spent) for name, spent in rounds.items()}
-        table.append({"length": length, "documents": count, "milliseconds": medians})
-        cells = "".join(f"{value:>14.1f}" for value in medians.values())
-        print(f"{length:>7} {count:>10}{cells}")
+    tables: dict[str, dict[int, dict[str, float]]] = {}
+    for title, ways, passes in (
+        ("forward and backward", WAYS, both_passes),
+        ("forward", FORWARD, forward_pass),
+    ):
+        tables[title] = {}
+        print(f"{title}, ms")
+        print(f"{'tokens':>7} {'documents':>10}" + "".join(f"{name:>14}" for name in ways))
+        for length in given.lengths:
+            row = tables[title][length] = medians(length, ways, passes, given.rounds)
+            cells = "".join(f"{value:>14.1f}" for value in row.values())
+            print(f"{length:>7} {max(1, TOKENS // length):>10}{cells}", flush=True)
     if given.json:
-        given.json.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def reference(
     cache = ReferenceCache(context, what, documents.reference_rows, top_k)
     found = cache.load()
     if found is None:
-        with torch.random.fork_rng():  # read or computed, training draws the same numbers after it
+        # read or computed, training draws the same random numbers after it
+        with torch.random.fork_rng([device()] if device().type == "cuda" else []):
             set_dropout(engine.module, on=False)
             found = _compute(engine, documents, capacity, top_k, context)
             set_dropout(engine.module, on=True)
