@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import __version__
+from pipeline import __version__, files
 from pipeline.errors import DataError, UntaxedError
+from pipeline.files import Stamp
 
 MANIFEST = "manifest.json"
 KEY_LENGTH = 16
@@ -33,6 +34,13 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: int
     sha256: str
+
+
+class Hashed(NamedTuple):
+    """A file's hash, and what the file system said of the file before it was taken."""
+
+    entry: FileEntry
+    stamp: Stamp
 
 
 class Manifest(BaseModel):
@@ -75,6 +83,10 @@ class Artifact:
             )
         return self.folder / name
 
+    def untouched(self, name: str) -> bool:
+        """True if, by the file system's account, nobody wrote to the file since it was hashed."""
+        return files.read_stamps(self.folder).get(name) == files.stamp(self.path(name))
+
 
 def canonical(value: object) -> str:
     """JSON text with one form for each value; TypeError for what has no stable form."""
@@ -108,9 +120,19 @@ def digest_of(files: Mapping[str, FileEntry]) -> str:
 
 def hash_folder(folder: Path) -> dict[str, FileEntry]:
     """Hash all files below ``folder`` but its manifest."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = {p.relative_to(folder).as_posix(): p for p in paths}
-    return {name: hash_file(path) for name, path in names.items() if name != MANIFEST}
+    return {name: found.entry for name, found in _hash_folder(folder, {}).items()}
+
+
+def _hash_folder(folder: Path, known: Mapping[str, Hashed]) -> dict[str, Hashed]:
+    """A ``known`` hash is taken where the file has not been touched since."""
+    result = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name, stamp = path.relative_to(folder).as_posix(), files.stamp(path)
+        if name in known and known[name].stamp == stamp:
+            result[name] = known[name]
+        elif name not in (MANIFEST, files.STAMPS):
+            result[name] = Hashed(hash_file(path), stamp)
+    return result
 
 
 def open_artifact(folder: Path) -> Artifact:
@@ -197,17 +219,22 @@ def seal(
     inputs: dict[str, str],
     facts: dict[str, Any],
     seconds: float,
+    hashed: Mapping[str, Hashed] | None = None,
 ) -> Artifact:
-    """Hash ``staging``, write its manifest last and rename it to ``final`` in one step."""
-    files = hash_folder(staging)
+    """Hash ``staging``, write its manifest last and rename it to ``final`` in one step.
+
+    ``hashed``: what the stage has hashed itself; it is not read again.
+    """
+    found = _hash_folder(staging, hashed or {})
+    entries = {name: one.entry for name, one in found.items()}
     manifest = Manifest(
         stage=stage,
         stage_version=stage_version,
         key=key,
         recipe=recipe,
         inputs=inputs,
-        files=files,
-        digest=digest_of(files),
+        files=entries,
+        digest=digest_of(entries),
         facts=facts,
         seconds=round(seconds, 3),
         created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -216,6 +243,7 @@ def seal(
     for path in staging.rglob("*"):
         if path.is_file() and path.stat().st_nlink == 1:  # a link is somebody's own file
             path.chmod(0o444)
+    files.write_stamps(staging, {name: one.stamp for name, one in found.items()})
     text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True, allow_nan=False)
     write_atomic(staging / MANIFEST, text + "\n")
     if final.exists():
@@ -257,15 +285,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Put ``source`` at ``target`` without copying bytes where the file system can share them."""
-    source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def adopt(
     runs: Path,
     kind: str,
@@ -283,7 +302,8 @@ def adopt(
         staging = stage_folder(runs / f"{kind}-adopt")
         try:
             facts = fill(staging)
-            digest = digest_of(hash_folder(staging))
+            hashed = _hash_folder(staging, {})
+            digest = digest_of({name: found.entry for name, found in hashed.items()})
             final = runs / f"{kind}-{digest[:KEY_LENGTH]}"
             if (final / MANIFEST).exists():
                 artifact = open_artifact(final)
@@ -298,6 +318,7 @@ def adopt(
                     inputs={},
                     facts=facts,
                     seconds=time.monotonic() - started,
+                    hashed=hashed,
                 )
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Stage 4: base + adapter -> one plain model folder, with a certificate.
 
 The sum is planned from file headers and applied tensor by tensor in fp32; files without an updated
-tensor are linked as they are. Everything that is claimed is measured on the files after writing.
-Memory: an adapter pair and a few blocks of rows; in the probes, the largest matrix in fp32.
+tensor are shared with the base. Every byte that is written is read back, compared and hashed in the
+same pass. Memory: an adapter pair and a few blocks of rows; in the probes, the largest matrix in fp32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from torch import Tensor
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, RecipeError
-from pipeline.model import merging, probes, survival
+from pipeline.files import link_or_copy
+from pipeline.model import merging, probes
 from pipeline.model.card import model_card
 from pipeline.model.merging import Plan
 from pipeline.model.shards import INDEX, NARROW, Checkpoint, open_checkpoint
 from pipeline.model.survival import Proof
+from pipeline.model.weights import write_weights
 from pipeline.recipes import MergeRecipe
 from pipeline.stage import Context, main
 
@@ -61,7 +63,7 @@ def run(
     )
     proof = _write(merge, recipe, out, context)
     logits = _probe(merge, out)
-    certificate = _certificate(merge, proof, out, recipe.survival_floor, logits)
+    certificate = _certificate(merge, proof, context, out, recipe.survival_floor, logits)
     text = json.dumps(certificate, indent=1, sort_keys=True, allow_nan=False)
     art.write_atomic(out / "certificate.json", text + "\n")
     art.write_atomic(out / "README.md", model_card(merge.base, inputs["sft"], certificate))
@@ -147,7 +149,16 @@ def _write(merge: Merge, recipe: MergeRecipe, out: Path, context: Context) -> Pr
     load_dtype = merge.config.dtype if isinstance(merge.config.dtype, torch.dtype) else None
     _link_others(merge, out)
     for widen in (False, True):
-        proof = _write_weights(merge, out, context, widen, torch.float32 if widen else load_dtype)
+        proof, hashed = write_weights(
+            merge.base,
+            merge.checkpoint,
+            merge.plan,
+            out,
+            widen=widen,
+            load_dtype=torch.float32 if widen else load_dtype,
+            log=context.log,
+        )
+        context.hashed.update(hashed)
         total = proof.total()
         if recipe.scale and not total.wanted:
             raise DataError(f"{merge.trained}: the update is zero everywhere: nothing was trained")
@@ -173,30 +184,7 @@ def _link_others(merge: Merge, out: Path) -> None:
         if name.endswith(".safetensors") or name in WRITTEN_HERE:
             continue
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        art.link_or_copy(merge.base.path(name), out / name)
-
-
-def _write_weights(
-    merge: Merge, out: Path, context: Context, widen: bool, load_dtype: torch.dtype | None
-) -> Proof:
-    proof = Proof(widened=widen)
-    rewritten = set(merging.touched(merge.checkpoint, merge.plan))
-    for number, (file, shard) in enumerate(merge.checkpoint.shards.items(), start=1):
-        sealed = merge.base.manifest.files[merge.base.path(file).name]
-        if file in rewritten or widen:
-            merging.write_merged(shard, merge.plan, out / file, widen=widen, sha256=sealed.sha256)
-            survival.read_back(shard, merge.plan, out / file, proof, load_dtype=load_dtype)
-        else:
-            art.link_or_copy(shard.path, out / file)
-            if art.hash_file(out / file) != sealed:
-                raise DataError(
-                    f"{shard.path}: content changed since it was sealed; adopt the base again"
-                )
-            proof.unchanged += len(shard.entries)
-            proof.unchanged_bytes += sum(e.size_bytes for e in shard.entries.values())
-        if len(merge.checkpoint.shards) > 1:
-            context.log(f"merge: {file} ({number} of {len(merge.checkpoint.shards)})")
-    return proof
+        link_or_copy(merge.base.path(name), out / name)
 
 
 def _write_fp32_config(merge: Merge, out: Path) -> None:
@@ -267,11 +255,16 @@ def _probe(merge: Merge, out: Path) -> dict[str, float]:
 
 
 def _certificate(
-    merge: Merge, proof: Proof, out: Path, floor: float, logits: dict[str, float]
+    merge: Merge,
+    proof: Proof,
+    context: Context,
+    out: Path,
+    floor: float,
+    logits: dict[str, float],
 ) -> dict[str, Any]:
     """What was done and measured. Rounded so that it does not depend on the number of threads."""
     total = proof.total()
-    weights = {file: art.hash_file(out / file) for file in merge.checkpoint.shards}
+    weights = {file: context.hashed[file].entry for file in merge.checkpoint.shards}
     return {
         "method": merge.plan.method,
         "epoch": merge.epoch,

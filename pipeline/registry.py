@@ -22,6 +22,7 @@ from typing import Any
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError
+from pipeline.files import link_or_copy
 from pipeline.spool import Event, still_sealed
 
 ARTIFACTS = "mlartifacts"
@@ -101,7 +102,7 @@ class Registry:
             staging = art.stage_folder(final)
             for name in (art.MANIFEST, *found.manifest.files):
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                art.link_or_copy(found.folder / name, staging / name)
+                link_or_copy(found.folder / name, staging / name)
             os.rename(staging, final)
         return final
 

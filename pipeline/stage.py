@@ -72,6 +72,7 @@ class Context:
 
     ``scratch`` outlives a crash (checkpoints, finished rows) and is removed after sealing.
     ``cache_at`` outlives the run: what can be made again and other runs may use.
+    ``hashed``: files of the output that the stage has hashed while it wrote them.
     ``options`` holds the mechanism options of the command line (``ds``, ``engine``).
     """
 
@@ -82,6 +83,7 @@ class Context:
     cache_at: Path | None = None
     console: Console = field(default_factory=lambda: Console(stderr=True))
     metrics: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    hashed: dict[str, art.Hashed] = field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
@@ -294,6 +296,7 @@ def _run(
                 inputs={k: v.digest for k, v in decision.inputs.items()},
                 facts=facts,
                 seconds=time.monotonic() - started,
+                hashed=context.hashed,
             )
             tracker.finish(planned, sealed, context.metrics)
             shutil.rmtree(scratch, ignore_errors=True)

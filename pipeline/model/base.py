@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, RecipeError
+from pipeline.files import link_or_copy
 from pipeline.recipes import BaseRecipe
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _take(source: Path, folder: Path) -> None:
     for pattern in KEEP:
         for path in sorted(source.glob(pattern)):
             if path.is_file() and path.name != art.MANIFEST and not (folder / path.name).exists():
-                art.link_or_copy(path, folder / path.name)
+                link_or_copy(path, folder / path.name)
 
 
 def _download(recipe: BaseRecipe, folder: Path) -> str:

@@ -1,15 +1,12 @@
-"""Merging: which base tensor each update belongs to, the sum in fp32, and the writing.
-
-W' = W + s B A is added in fp32 and rounded once, to the dtype of the base, a block of rows at a
-time; no model is ever loaded.
+"""Merging: which base tensor each update belongs to, and the sum W' = W + s B A in fp32, a block of
+rows at a time; no model is ever loaded.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,17 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.model.lora import BASE_DIGEST, PREFIX
-from pipeline.model.shards import (
-    FLOATS,
-    NARROW,
-    Checkpoint,
-    Shard,
-    as_bytes,
-    as_tensor,
-    read_shard,
-    widened,
-    write_shard,
-)
+from pipeline.model.shards import FLOATS, Checkpoint, Shard, read_shard
 
 PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -247,39 +234,3 @@ def plan_full(base: Checkpoint, path: Path, *, tied: bool) -> Plan:
 def touched(base: Checkpoint, plan: Plan) -> list[str]:
     """Files of the base that hold a tensor of the plan."""
     return sorted({base.where[name] for name in plan.updates})
-
-
-def write_merged(source: Shard, plan: Plan, target: Path, *, widen: bool, sha256: str) -> None:
-    """Rewrite one file with the plan's updates; ``widen`` makes its 16-bit floats F32.
-
-    All bytes of ``source`` pass by once and must hash to ``sha256``, what it was sealed with.
-    """
-    digest = hashlib.sha256(source.raw)
-
-    def chunks(name: str) -> Iterator[bytes]:
-        entry = source.entries[name]
-        rows = plan.updates[name].opened() if name in plan.updates else None
-        wide = widen and entry.dtype in NARROW
-        for start, stop, buffer in source.blocks(name):
-            digest.update(buffer)
-            if rows is None and not wide:
-                yield bytes(buffer)
-                continue
-            value = as_tensor(buffer, entry).float()
-            if rows is not None:
-                value = rows(value, start, stop)[1]
-            value = value.to(torch.float32 if wide else FLOATS[entry.dtype])
-            if rows is not None and not bool(torch.isfinite(value).all()):
-                raise DataError(
-                    f"{source.path}: {name} is not finite as {value.dtype} after the merge; lower"
-                    " merge.scale or train at a lower learning rate"
-                )
-            yield as_bytes(value)
-
-    raw = widened(source) if widen else source.raw
-    write_shard(target, raw, source.in_file_order(), chunks)
-    if digest.hexdigest() != sha256:
-        raise DataError(
-            f"{source.path}: content changed since it was sealed (sha256"
-            f" {digest.hexdigest()[:12]}, sealed {sha256[:12]}); adopt the base again"
-        )

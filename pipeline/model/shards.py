@@ -1,5 +1,5 @@
-"""Safetensors checkpoints as headers and byte ranges: planned without loading, read and written
-a few megabytes at a time.
+"""Safetensors checkpoints as headers and byte ranges: planned without loading, read a few megabytes
+at a time.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensors without gaps
 (https://github.com/huggingface/safetensors). Only what a header promises is read; a file that does
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pipeline.errors import DataError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 21
 MAX_HEADER_BYTES = 100_000_000
 
 BITS = {
@@ -119,9 +118,9 @@ def as_tensor(buffer: bytearray, entry: Entry) -> Tensor:
     return flat.reshape(-1, *entry.shape[1:])
 
 
-def as_bytes(tensor: Tensor) -> bytes:
-    """The raw bytes of a tensor, row-major."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The raw bytes of a tensor, row-major, in its own memory."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def read_shard(path: Path) -> Shard:
@@ -255,19 +254,3 @@ def widened(shard: Shard) -> bytes:
     body = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
     return len(body).to_bytes(8, "little") + body
-
-
-def write_shard(
-    target: Path, raw: bytes, names: Iterable[str], chunks: Callable[[str], Iterator[bytes]]
-) -> None:
-    """Write header bytes and the ``chunks`` of each tensor in file order, then force them to disk.
-
-    The target must not exist: an existing file may be a hard link to a sealed one.
-    """
-    with target.open("xb") as stream:
-        stream.write(raw)
-        for name in names:
-            for chunk in chunks(name):
-                stream.write(chunk)
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -1,9 +1,8 @@
-"""Reading and writing safetensors by byte ranges, against the safetensors library."""
+"""Reading safetensors by byte ranges, against the safetensors library."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import DataError
 from pipeline.model import shards
-from pipeline.model.shards import open_checkpoint, read_shard, widened, write_shard
+from pipeline.model.shards import open_checkpoint, read_shard, widened
 
 
 @pytest.fixture()
@@ -60,23 +59,6 @@ def test_blocks_cover_every_byte_once(
         assert joined == want.reshape(-1).view(torch.uint8).numpy().tobytes()
         assert [b[0] for b in blocks[1:]] == [b[1] for b in blocks[:-1]]
     assert len(list(shard.blocks("a.bf16"))) == 25  # 80 bytes a row, 12 rows a block
-
-
-def test_rewriting_unchanged_gives_the_same_bytes(file: Path, tmp_path: Path) -> None:
-    shard = read_shard(file)
-
-    def chunks(name: str) -> Iterator[bytes]:
-        return (bytes(buffer) for _, _, buffer in shard.blocks(name))
-
-    write_shard(tmp_path / "again", shard.raw, shard.in_file_order(), chunks)
-    assert (tmp_path / "again").read_bytes() == file.read_bytes()
-
-
-def test_never_writes_through_an_existing_file(file: Path) -> None:
-    before = file.read_bytes()
-    with pytest.raises(FileExistsError):
-        write_shard(file, b"", [], lambda name: iter(()))
-    assert file.read_bytes() == before
 
 
 def test_widened_header_is_read_by_the_library(file: Path, tmp_path: Path) -> None:
