@@ -8,7 +8,8 @@ form a person can read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from pipeline.artifact import Artifact, write_atomic
 from pipeline.data.chat import Chat, check_generation_prompt
-from pipeline.data.packing import epoch_steps, imbalance
+from pipeline.data.packing import epoch_steps, measure
 from pipeline.errors import DataError
 from pipeline.graph import PackStep
 from pipeline.model.base import load_tokenizer
@@ -25,6 +26,7 @@ from pipeline.stage import Context, main
 KINDS = {"refusal": 0, "answer": 1, "anchor": 2}
 SHEET_ROWS = 24
 RANKS = (2, 8)
+ROWS_AT_ONCE = 2048
 
 
 def run(
@@ -51,14 +53,19 @@ def run(
     documents = {"train": [d["id"] for d in train], "dev": [d["id"] for d in dev]}
     write_atomic(out / "documents.json", json.dumps(documents | {"dropped": dropped + dev_dropped}))
     write_atomic(out / "trained.txt", sheet(train, chat))
-    imbalances = {
-        ranks: imbalance(epochs[0], lengths, recipe.pack.max_length, ranks) for ranks in RANKS
-    }
+    fills = {ranks: measure(epochs[0], lengths, recipe.pack.max_length, ranks) for ranks in RANKS}
     trained = sum(sum(d["trained"]) for d in train)
     context.log(
         f"pack: {len(train)} documents, {sum(lengths)} tokens ({trained} trained),"
-        f" {len(epochs[0])} steps an epoch, {len(dropped)} over-long dropped; ranks would wait"
-        f" {', '.join(f'{v:.1%} of the time on {r}' for r, v in imbalances.items())}"
+        f" {len(epochs[0])} steps an epoch, {len(dropped)} over-long dropped"
+    )
+    context.log(
+        "pack: "
+        + "; ".join(
+            f"on {ranks} ranks packs are {fill.efficiency:.1%} full and {fill.imbalance:.1%} of the"
+            " time is waiting"
+            for ranks, fill in fills.items()
+        )
     )
     return {
         "documents": len(train),
@@ -68,7 +75,8 @@ def run(
         "dropped_over_long": len(dropped) + len(dev_dropped),
         "steps_per_epoch": len(epochs[0]),
         "longest": max(lengths),
-        **{f"imbalance_{ranks}_ranks": round(value, 4) for ranks, value in imbalances.items()},
+        **{f"efficiency_{ranks}_ranks": round(fill.efficiency, 4) for ranks, fill in fills.items()},
+        **{f"imbalance_{ranks}_ranks": round(fill.imbalance, 4) for ranks, fill in fills.items()},
     }
 
 
@@ -76,29 +84,46 @@ def _render(path: Path, chat: Chat, max_length: int) -> tuple[list[dict[str, Any
     """Rendered documents of one split, and the ids of those that are too long."""
     documents: list[dict[str, Any]] = []
     dropped: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        document = render(row, chat)
-        if len(document["ids"]) > max_length:
-            dropped.append(row["id"])
-        else:
-            documents.append(document)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        for document in render_all(rows[first : first + ROWS_AT_ONCE], chat):
+            if len(document["ids"]) > max_length:
+                dropped.append(document["id"])
+            else:
+                documents.append(document)
     return documents, dropped
 
 
 def render(row: Mapping[str, Any], chat: Chat) -> dict[str, Any]:
-    """One conversation as {id, source, kind, ids, trained}; ``trained`` marks the target tokens.
+    """``render_all`` of one row."""
+    return render_all([row], chat)[0]
+
+
+def render_all(rows: Sequence[Mapping[str, Any]], chat: Chat) -> list[dict[str, Any]]:
+    """Conversations as {id, source, kind, ids, trained}; ``trained`` marks the target tokens.
 
     Raises DataError when nothing is trained or the last trained token is not the end token.
     """
-    prompt_text = chat.prompt_text(row["messages"])
-    prompt = chat.prompt_ids(row["messages"])
-    if row.get("response_ids") is not None:  # the base's own tokens, never retokenised
+    texts = chat.prompt_texts([row["messages"] for row in rows])
+    to_encode: list[str] = []
+    for row, text in zip(rows, texts, strict=True):
+        if row.get("response_ids") is not None:  # the base's own tokens, never retokenised
+            continue
+        if row["response"] is None:
+            raise DataError(f"row {row['id']}: has no response; anchor rows need the anchor stage")
+        to_encode.append(chat.target_text(row.get("think"), row["response"], prompt=text))
+    ids = chat.encode([*texts, *to_encode])
+    encoded = iter(ids[len(rows) :])
+    return [_document(row, prompt, encoded, chat) for row, prompt in zip(rows, ids, strict=False)]
+
+
+def _document(
+    row: Mapping[str, Any], prompt: list[int], encoded: Iterator[list[int]], chat: Chat
+) -> dict[str, Any]:
+    if row.get("response_ids") is not None:
         target = [int(token) for token in row["response_ids"]]
-    elif row["response"] is not None:
-        target = chat.target_ids(row.get("think"), row["response"], prompt=prompt_text)
     else:
-        raise DataError(f"row {row['id']}: has no response; anchor rows need the anchor stage")
+        target = [*next(encoded), chat.end_id]
     complete = row.get("complete", True)
     if not target or (complete and target[-1] != chat.end_id):
         raise DataError(
@@ -117,8 +142,8 @@ def render(row: Mapping[str, Any], chat: Chat) -> dict[str, Any]:
 
 
 def _strata(documents: list[dict[str, Any]]) -> list[int]:
-    sources = sorted({d["source"] for d in documents})
-    return [sources.index(d["source"]) for d in documents]
+    number = {source: n for n, source in enumerate(sorted({d["source"] for d in documents}))}
+    return [number[d["source"]] for d in documents]
 
 
 def write_tokens(path: Path, train: list[dict[str, Any]], dev: list[dict[str, Any]]) -> None:
@@ -128,10 +153,9 @@ def write_tokens(path: Path, train: list[dict[str, Any]], dev: list[dict[str, An
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     for split, documents in (("train", train), ("dev", dev)):
         lengths = [len(d["ids"]) for d in documents]
-        arrays[f"{split}.ids"] = np.array([t for d in documents for t in d["ids"]], dtype=np.int32)
-        arrays[f"{split}.trained"] = np.array(
-            [t for d in documents for t in d["trained"]], dtype=np.uint8
-        )
+        for name, dtype in (("ids", np.int32), ("trained", np.uint8)):
+            flat = chain.from_iterable(d[name] for d in documents)
+            arrays[f"{split}.{name}"] = np.fromiter(flat, dtype, count=sum(lengths))
         arrays[f"{split}.starts"] = np.cumsum([0, *lengths], dtype=np.int64)
         arrays[f"{split}.kind"] = np.array([d["kind"] for d in documents], dtype=np.uint8)
     save_file(arrays, path)

@@ -7,7 +7,9 @@ alone. A pack is several of them in one token row; how they are shared among ran
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,38 +82,105 @@ def epoch_steps(
 def share(step: Step, lengths: Sequence[int], capacity: int, ranks: int) -> list[list[Pack]]:
     """Packs of each rank, of at most ``capacity`` tokens: equal in number, and as few as hold the
     documents; balanced by cost. An empty pack is a gap that training fills."""
-    bins = best_fit_decreasing([lengths[d] for d in step], capacity)
-    count = ranks * max(1, -(-len(bins) // ranks))
-    packs = _balanced(step, lengths, capacity, count)
-    if packs is None:
-        packs = [[step[i] for i in members] for members in bins]
-        packs += [[] for _ in range(count - len(packs))]
+    packs = _packs(step, lengths, capacity, ranks)
+    each = len(packs) // ranks
     shares: list[list[Pack]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for pack in sorted(packs, key=lambda pack: -sum(cost(lengths[d]) for d in pack)):
-        rank = min(
-            (r for r in range(ranks) if len(shares[r]) < count // ranks), key=load.__getitem__
-        )
-        shares[rank].append(pack)
-        load[rank] += sum(cost(lengths[d]) for d in pack)
+    waiting = [(0.0, rank) for rank in range(ranks)]  # a heap: (load, rank)
+    costs = [sum(cost(lengths[d]) for d in pack) for pack in packs]
+    for index in sorted(range(len(packs)), key=lambda i: -costs[i]):
+        load, rank = heapq.heappop(waiting)
+        shares[rank].append(packs[index])
+        if len(shares[rank]) < each:
+            heapq.heappush(waiting, (load + costs[index], rank))
     return shares
 
 
+def _packs(step: Step, lengths: Sequence[int], capacity: int, ranks: int) -> list[Pack]:
+    """The packs of a step, a multiple of ``ranks``, in as few rows of packs as can be found."""
+    least = -(-sum(lengths[d] for d in step) // capacity)
+    count = _multiple(least, ranks)
+    found = _balanced(step, lengths, capacity, count) or _exchanged(step, lengths, capacity, count)
+    if found:
+        return found
+    bins = best_fit_decreasing([lengths[d] for d in step], capacity)
+    count = _multiple(len(bins), ranks)
+    packs = [[step[i] for i in members] for members in bins] + [[]] * (count - len(bins))
+    return _balanced(step, lengths, capacity, count) or packs
+
+
+def _multiple(count: int, ranks: int) -> int:
+    """The smallest positive multiple of ``ranks`` that is at least ``count``."""
+    return ranks * max(1, -(-count // ranks))
+
+
 def _balanced(step: Step, lengths: Sequence[int], capacity: int, count: int) -> list[Pack] | None:
-    """``count`` packs, costliest document first, each into the cheapest pack that has room; None
-    where that leaves a document without one."""
+    """``count`` packs, longest document first, each into the cheapest pack that has room; None where
+    that leaves a document without one. Every document moves a pack a few times between two heaps."""
     packs: list[Pack] = [[] for _ in range(count)]
-    room, load = [capacity] * count, [0.0] * count
+    load, room = [0.0] * count, [capacity] * count
+    cheapest = [(0.0, pack) for pack in range(count)]
+    tight: list[tuple[int, int]] = []  # (-room, pack): had no room for a longer document
     for document in sorted(step, key=lambda d: (-lengths[d], d)):
         length = lengths[document]
-        fitting = [p for p in range(count) if room[p] >= length]
-        if not fitting:
+        while tight and -tight[0][0] >= length:
+            pack = heapq.heappop(tight)[1]
+            heapq.heappush(cheapest, (load[pack], pack))
+        while cheapest and room[cheapest[0][1]] < length:
+            pack = heapq.heappop(cheapest)[1]
+            heapq.heappush(tight, (-room[pack], pack))
+        if not cheapest:
             return None
-        pack = min(fitting, key=load.__getitem__)
+        pack = cheapest[0][1]
         packs[pack].append(document)
         room[pack] -= length
         load[pack] += cost(length)
+        heapq.heapreplace(cheapest, (load[pack], pack))
     return packs
+
+
+def _exchanged(step: Step, lengths: Sequence[int], capacity: int, count: int) -> list[Pack] | None:
+    """``count`` packs balanced without regard to ``capacity``; then the fullest and the emptiest
+    exchange documents until none is over-full. None where no exchange helps.
+
+    Packs that are full to a few tokens are found like this; putting in one document after the other
+    finds them only where some documents are very short.
+    """
+    packs = _balanced(step, lengths, sum(lengths[d] for d in step), count)
+    assert packs is not None
+    for pack in packs:
+        pack.sort(key=lengths.__getitem__)
+    tokens = [sum(lengths[d] for d in pack) for pack in packs]
+    while (most := max(tokens)) > capacity:
+        full, empty = tokens.index(most), tokens.index(min(tokens))
+        pair = _halving(packs[full], packs[empty], lengths, most - tokens[empty])
+        if pair is None:
+            return None
+        for document, here, there in ((pair[0], full, empty), (pair[1], empty, full)):
+            if document is not None:
+                packs[here].remove(document)
+                bisect.insort(packs[there], document, key=lengths.__getitem__)
+                tokens[here] -= lengths[document]
+                tokens[there] += lengths[document]
+    return packs
+
+
+def _halving(
+    full: Pack, empty: Pack, lengths: Sequence[int], gap: int
+) -> tuple[int, int | None] | None:
+    """The document of ``full`` and that of ``empty`` (or none) whose exchange comes closest to
+    halving the ``gap`` between the two packs; None where every exchange widens it."""
+    best: tuple[int, int | None] | None = None
+    off = gap
+    sizes = [0, *(lengths[d] for d in empty)]
+    for document in full:
+        at = bisect.bisect_left(sizes, lengths[document] - gap / 2)
+        for other in (at - 1, at):
+            if 0 <= other < len(sizes):
+                moved = lengths[document] - sizes[other]
+                if abs(gap - 2 * moved) < off:
+                    off = abs(gap - 2 * moved)
+                    best = (document, empty[other - 1] if other else None)
+    return best
 
 
 def cost(length: int) -> float:
@@ -119,12 +188,35 @@ def cost(length: int) -> float:
     return length + length**2 / 4096
 
 
-def imbalance(steps: Sequence[Step], lengths: Sequence[int], capacity: int, ranks: int) -> float:
-    """Share of the time that ranks wait for the costliest of them, over all ``steps``."""
-    used = total = 0.0
+@dataclass(frozen=True)
+class Fill:
+    """How well a pass over steps uses its ranks.
+
+    ``efficiency``: tokens over the capacity of all packs. (No pack is padded, so what is empty costs
+    memory at most.) ``imbalance``: share of the time that ranks wait for the costliest of them,
+    pack by pack; ``token_imbalance`` and ``square_imbalance``: the same where only tokens count, or
+    only squared lengths, and over a rank's whole step.
+    """
+
+    efficiency: float
+    imbalance: float
+    token_imbalance: float
+    square_imbalance: float
+
+
+def measure(steps: Sequence[Step], lengths: Sequence[int], capacity: int, ranks: int) -> Fill:
+    """``Fill`` of all ``steps``, shared among ``ranks``."""
+    packs = 0
+    used, waited = np.zeros(3), np.zeros(3)
     for step in steps:
-        for turn in zip(*share(step, lengths, capacity, ranks), strict=True):
+        shares = share(step, lengths, capacity, ranks)
+        packs += sum(len(one) for one in shares)
+        for turn in zip(*shares, strict=True):
             costs = [sum(cost(lengths[d]) for d in pack) for pack in turn]
-            used += sum(costs)
-            total += max(costs) * ranks
-    return 1.0 - used / total
+            used[0] += sum(costs)
+            waited[0] += max(costs) * ranks
+        for at, power in ((1, 1), (2, 2)):
+            sums = [sum(lengths[d] ** power for pack in one for d in pack) for one in shares]
+            used[at] += sum(sums)
+            waited[at] += max(sums) * ranks
+    return Fill(used[1] / (packs * capacity), *(float(x) for x in 1.0 - used / waited))

@@ -63,10 +63,10 @@ class LoraUpdate:
         return self.adapter.read(f"{PREFIX}{self.module}.lora_{letter}.weight").float()
 
     def opened(self) -> Rows:
-        a, b = self.part("A"), self.part("B")
+        a, b = self.part("A"), self.part("B") * self.scale
 
         def rows(base: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-            delta = (b[start:stop] @ a) * self.scale
+            delta = b[start:stop] @ a
             return delta, base + delta
 
         return rows

@@ -42,21 +42,35 @@ class Rewritten:
 
 
 class Hasher:
-    """SHA-256 in a thread of its own; ``update`` waits while ``WAITING`` blocks are in its queue."""
+    """SHA-256 in a thread of its own, over blocks that wait in a queue of ``WAITING``.
+
+    ``buffer`` lends memory for a block and gets it back when the block is hashed: memory that is
+    new for every block costs more than reading the block does.
+    """
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.queue: queue.Queue[Any] = queue.Queue(WAITING)
+        self.free: queue.Queue[bytearray] = queue.Queue()
+        for _ in range(WAITING + 2):
+            self.free.put(bytearray(shards.BLOCK_BYTES))
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def _work(self) -> None:
-        while (block := self.queue.get()) is not None:
+        while (given := self.queue.get()) is not None:
+            block, lent = given
             self.digest.update(block)
+            if lent is not None:
+                self.free.put(lent)
 
-    def update(self, block: Any) -> None:
-        """Take bytes that nobody changes afterwards."""
-        self.queue.put(block)
+    def buffer(self) -> bytearray:
+        """``BLOCK_BYTES`` to fill and give to ``update``."""
+        return self.free.get()
+
+    def update(self, block: Any, lent: bytearray | None = None) -> None:
+        """Take bytes that nobody changes until they are hashed; ``lent``: the buffer they are in."""
+        self.queue.put((block, lent))
 
     def close(self) -> str:
         """The digest of everything that was given."""
@@ -135,6 +149,7 @@ class _Pass:
         self.source, self.plan, self.target = source, plan, target
         self.base, self.file = base, file
         self.hashers = hashers
+        self.spare = bytearray(shards.BLOCK_BYTES)
 
     def _hash(self, written: Any, read: Any) -> None:
         for hasher, block in zip(self.hashers, (written, read), strict=False):
@@ -153,15 +168,17 @@ class _Pass:
         """The base's bytes, compared with what the file gives back."""
         entry, at = self.source.entries[name], self.written.entries[name].start
         for start in range(entry.start, entry.stop, shards.BLOCK_BYTES):
-            wanted = os.pread(self.base, min(shards.BLOCK_BYTES, entry.stop - start), start)
-            if not wanted:
+            size = min(shards.BLOCK_BYTES, entry.stop - start)
+            lent = [hasher.buffer() for hasher in self.hashers]
+            got, wanted = (memoryview(b)[:size] for b in (lent[0], [*lent, self.spare][1]))
+            if os.preadv(self.base, [wanted], start) != size:
                 raise DataError(f"{self.source.path}: {name} ends early; fetch it again")
             _write(self.file, wanted, at)
-            got = os.pread(self.file, len(wanted), at)
-            if got != wanted:
+            if os.preadv(self.file, [got], at) != size or not _same(got, wanted):
                 raise self._differs(name)
-            self._hash(got, wanted)
-            at += len(got)
+            for hasher, block, buffer in zip(self.hashers, (got, wanted), lent, strict=False):
+                hasher.update(block, buffer)
+            at += size
 
     def widen(self, name: str) -> None:
         """The base's values as F32, compared with what the file gives back."""
@@ -191,7 +208,8 @@ class _Pass:
                 base = as_tensor(buffer, entry)
                 delta, wanted = rows(base.float(), start, stop)
                 sent = wanted.to(FLOATS[back.dtype])
-                if not all(math.isfinite(end) for end in torch.aminmax(sent)):
+                rounded = sent.float()
+                if not math.isfinite(float(rounded.sum())):
                     raise DataError(
                         f"{self.source.path}: {name} is not finite as {sent.dtype} after the"
                         " merge; lower merge.scale or train at a lower learning rate"
@@ -204,14 +222,23 @@ class _Pass:
                         f"{self.target}: {name} reads back differently from what was sent"
                     )
                 self._hash(as_bytes(got), buffer)
-                cast = load_dtype or got.dtype
-                survival.add(got.to(cast).float() - base.to(cast).float(), delta)
+                if load_dtype is not None and load_dtype != sent.dtype:
+                    rounded = sent.to(load_dtype).float()
+                before = base if load_dtype is None else base.to(load_dtype)
+                survival.add(rounded - before.float(), delta)
                 at += len(content)
         return survival
 
 
 def _same(left: Any, right: Any) -> bool:
-    return np.array_equal(np.frombuffer(left, np.uint8), np.frombuffer(right, np.uint8))
+    """Equal bytes; eight at a time."""
+    a, b = np.frombuffer(left, np.uint8), np.frombuffer(right, np.uint8)
+    whole = len(a) // 8 * 8
+    return (
+        len(a) == len(b)
+        and np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64))
+        and np.array_equal(a[whole:], b[whole:])
+    )
 
 
 def _write(file: int, content: Any, at: int) -> None:

@@ -22,7 +22,7 @@ from pipeline.errors import DataError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 20
 MAX_HEADER_BYTES = 100_000_000
 
 BITS = {

@@ -21,7 +21,7 @@ class Survival:
     got: float = 0.0
 
     def add(self, got: Tensor, delta: Tensor) -> None:
-        """fp32 tensors of one shape: products summed in fp32 over a row, in fp64 over rows."""
+        """A block of rows, in fp32; blocks are summed in fp64."""
         self.dot += _product(got, delta)
         self.wanted += _product(delta, delta)
         self.got += _product(got, got)
@@ -59,4 +59,4 @@ class Proof:
 
 
 def _product(left: Tensor, right: Tensor) -> float:
-    return float(torch.linalg.vecdot(left, right).double().sum())
+    return float(torch.dot(left.flatten(), right.flatten()))
