@@ -2,7 +2,7 @@
 
 The sum is planned from file headers and applied tensor by tensor in fp32; files without an updated
 tensor are shared with the base. Every byte that is written is read back, compared and hashed in the
-same pass. Memory: an adapter pair and a few blocks of rows; in the probes, the largest matrix in fp32.
+same pass. Memory: the adapter and a few blocks of rows.
 """
 
 from __future__ import annotations
@@ -213,18 +213,20 @@ def _probe(merge: Merge, out: Path) -> dict[str, float]:
     token_ids = probes.probe_ids(merge.config.vocab_size)
     folder, plan = merge.base.folder, merge.plan
 
-    def summed(name: str) -> Tensor:
-        weight = merge.checkpoint.read(name).float()
-        if name not in plan.updates:
-            return weight
-        entry = merge.checkpoint.entry(name)
-        return plan.updates[name].opened()(weight, 0, entry.rows)[1].reshape(weight.shape)
+    opened = {name: update.opened() for name, update in plan.updates.items()}
 
-    def trained_fully(name: str) -> Tensor:
+    def summed(name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        weight = merge.checkpoint.read(name, start, stop).float()
+        if name not in opened:
+            return weight
+        stop = merge.checkpoint.entry(name).rows if stop is None else stop
+        return opened[name](weight, start, stop)[1].reshape(weight.shape)
+
+    def trained_fully(name: str, start: int = 0, stop: int | None = None) -> Tensor:
         update = plan.updates.get(name)
         if isinstance(update, merging.FullUpdate):
-            return update.trained.read(update.name)
-        return merge.checkpoint.read(name)
+            return update.trained.read(update.name, start, stop)
+        return merge.checkpoint.read(name, start, stop)
 
     if plan.method == "lora":
         wanted = probes.probe_logits(

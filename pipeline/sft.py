@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.artifact import Artifact
+from pipeline.data.packing import measure
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.model import lora, support
 from pipeline.model.attention import PER_DOCUMENT
@@ -83,13 +84,19 @@ def run(
     ]
     start = _resume(engine, context)
     _replay_epochs(out, context)
+    epochs = load_steps(inputs["pack"])
+    fill = measure(epochs[0], train.lengths, capacity, world.size)
+    context.log(
+        f"sft: packs of {capacity} tokens are {fill.efficiency:.1%} full, and ranks wait for one"
+        f" another {fill.imbalance:.1%} of the time"
+    )
     trainer = Trainer(
         engine=engine,
         recipe=recipe,
         context=context,
         train=splits[0],
         dev=splits[1],
-        epochs=load_steps(inputs["pack"]),
+        epochs=epochs,
         capacity=capacity,
         watch=watch,
         trainable=list(named),
@@ -102,7 +109,10 @@ def run(
     end = trainer.run(start, save_epoch)
     if world.rank == 0:
         write_history(out / "metrics.jsonl", end.history)
-    return _facts(recipe, engine, context, count, end, named)
+    return _facts(recipe, engine, context, count, end, named) | {
+        "packing_efficiency": round(fill.efficiency, 4),
+        "rank_imbalance": round(fill.imbalance, 4),
+    }
 
 
 def _base_identity(base: Artifact, recipe: SftRecipe, cut: int, model: Any) -> dict[str, Any]:

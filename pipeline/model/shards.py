@@ -197,9 +197,9 @@ class Checkpoint:
     def entry(self, tensor: str) -> Entry:
         return self.shard_of(tensor).entries[tensor]
 
-    def read(self, tensor: str) -> Tensor:
-        """A whole floating tensor in the dtype of the file."""
-        return self.shard_of(tensor).read(tensor)
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """``Shard.read`` from the file that holds the tensor."""
+        return self.shard_of(name).read(name, start, stop)
 
     @property
     def parameters(self) -> int:
