@@ -1,6 +1,6 @@
 """Merging side by side: this project's merge stage, PEFT's merge_and_unload + save_pretrained, cp -r.
 
-python benchmarks/merge.py --json FILE [--rounds 5] [--size qwen-1.5b]
+python benchmarks/merge.py --json FILE [--rounds 5] [--size qwen-1.5b] [--systems ...]
 
 A sharded bf16 checkpoint of random weights, an adapter of rank 1 on up_proj in the middle third. One
 round runs every system once, in a new process, in turn (every other round backwards), on a warm page
@@ -212,6 +212,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, required=True)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--size", choices=SIZES, default="qwen-1.5b")
+    options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     given = options.parse_args()
     data = json.loads(given.json.read_text()) if given.json.exists() else {"runs": {}}
     with tempfile.TemporaryDirectory() as temporary:
@@ -219,7 +220,7 @@ def main() -> None:
         spec = prepare(folder, given.size)
         data["weights_bytes"], data["files"] = spec["weights_bytes"], SHARDS
         for number in range(given.rounds):
-            for system in SYSTEMS if number % 2 == 0 else SYSTEMS[::-1]:
+            for system in given.systems if number % 2 == 0 else given.systems[::-1]:
                 runs = data["runs"].setdefault(system, [])
                 if len(runs) > number:
                     continue

@@ -27,6 +27,7 @@ from pipeline.model.shards import FLOATS, NARROW, Shard, as_bytes, as_tensor, re
 from pipeline.model.survival import Survival
 
 WAITING = 3  # blocks between the writer and the hashing thread
+SEND_BYTES = 1 << 25  # to disk at a time, while the rest is still being written
 
 
 @dataclass
@@ -150,6 +151,14 @@ class _Pass:
         self.base, self.file = base, file
         self.hashers = hashers
         self.spare = bytearray(shards.BLOCK_BYTES)
+        self.sent = 0
+
+    def _write(self, content: Any, at: int) -> None:
+        """Write, and have the system begin with what lies before: less is left to wait for."""
+        _write(self.file, content, at)
+        if at - self.sent >= SEND_BYTES:
+            os.posix_fadvise(self.file, self.sent, at - self.sent, os.POSIX_FADV_DONTNEED)
+            self.sent = at
 
     def _hash(self, written: Any, read: Any) -> None:
         for hasher, block in zip(self.hashers, (written, read), strict=False):
@@ -173,7 +182,7 @@ class _Pass:
             got, wanted = (memoryview(b)[:size] for b in (lent[0], [*lent, self.spare][1]))
             if os.preadv(self.base, [wanted], start) != size:
                 raise DataError(f"{self.source.path}: {name} ends early; fetch it again")
-            _write(self.file, wanted, at)
+            self._write(wanted, at)
             if os.preadv(self.file, [got], at) != size or not _same(got, wanted):
                 raise self._differs(name)
             for hasher, block, buffer in zip(self.hashers, (got, wanted), lent, strict=False):
@@ -184,7 +193,7 @@ class _Pass:
         """The base's values as F32, compared with what the file gives back."""
         entry, at = self.source.entries[name], self.written.entries[name].start
         for _, _, wanted in self.source.blocks(name):
-            _write(self.file, as_bytes(as_tensor(wanted, entry).float()), at)
+            self._write(as_bytes(as_tensor(wanted, entry).float()), at)
             got = bytearray(os.pread(self.file, 2 * len(wanted), at))
             narrow = as_tensor(got, self.written.entries[name]).to(FLOATS[entry.dtype])
             if not _same(as_bytes(narrow), wanted):
@@ -215,7 +224,7 @@ class _Pass:
                         " merge; lower merge.scale or train at a lower learning rate"
                     )
                 content = as_bytes(sent)
-                _write(self.file, content, at)
+                self._write(content, at)
                 got = stored[start:stop]
                 if not _same(as_bytes(got), content):
                     raise DataError(

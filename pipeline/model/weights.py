@@ -19,7 +19,7 @@ from pipeline.model.rewrite import Rewritten, rewrite
 from pipeline.model.shards import Checkpoint
 from pipeline.model.survival import Proof
 
-MOST_AT_ONCE = 4
+MOST_AT_ONCE = 5
 
 
 def write_weights(
@@ -74,7 +74,8 @@ def write_weights(
 
 
 def _at_once() -> int:
-    return min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
+    """Files at once: one more than processors, since at its end each waits for the disk."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_AT_ONCE)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from parts import make_tokenizer, sample_rows
 
 from pipeline.data.chat import Chat, check_generation_prompt
 from pipeline.errors import DataError, RecipeError
-from pipeline.pack import render
+from pipeline.pack import render, render_all
 from pipeline.recipes import ChatRecipe
 
 THINK = "This would hurt people.\n\nSo I will not, even for <b>100</b> reasons."
@@ -248,6 +248,22 @@ def test_a_template_that_refuses_is_named(tiny: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(DataError, match=r"chat template fails on .*Be brief.*: no system role"):
         Chat(tokenizer, ChatRecipe()).prompt_text(TALKS["system"])
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    )
+    with pytest.raises(DataError, match=r"chat template fails on .*Be brief.*: no system role"):
+        Chat(tokenizer, ChatRecipe()).prompt_texts(list(TALKS.values()))
+
+
+def test_many_rows_at_once_are_the_rows_one_by_one(template: Template, tiny: Path) -> None:
+    chat = Chat(dress(tiny, template), ChatRecipe())
+    rows = [
+        row(talk, "No.", think=think) | more
+        for talk in TALKS.values()
+        for think in (None, THINK)
+        for more in ({}, {"response_ids": [7, chat.end_id]})
+    ]
+    assert render_all(rows, chat) == [render(one, chat) for one in rows]
 
 
 def test_tokenizers_that_cannot_chat_are_refused(tiny: Path) -> None:

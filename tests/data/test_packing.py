@@ -226,3 +226,25 @@ def test_a_large_pass_is_shared_in_a_moment() -> None:
         packs = list(chain(*share(list(range(count)), lengths, 512, 8)))
         assert Counter(chain(*packs)) == Counter(range(count))
         assert calls < 20 * count
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_nearly_full_packs_are_found_by_exchanges(ranks: int, seed: int) -> None:
+    """Documents of like length leave gaps that none fits: greedy packing needs more packs."""
+    rng = random.Random(seed)
+    count, lengths = 8 * ranks, list[int]()
+    while sum(lengths) + 107 <= 0.999 * count * 1024:
+        lengths.append(rng.randint(47, 107))
+    assert len(best_fit_decreasing(lengths, 1024)) > count
+    packs = list(chain(*share(list(range(len(lengths))), lengths, 1024, ranks)))
+    assert len(packs) == count
+    assert Counter(chain(*packs)) == Counter(range(len(lengths)))
+    assert max(sum(lengths[d] for d in pack) for pack in packs) <= 1024
+    assert measure([list(range(len(lengths)))], lengths, 1024, ranks).efficiency > 0.99
+
+
+def test_where_no_exchange_helps_there_are_more_packs() -> None:
+    shares = share([0, 1, 2], [6, 6, 6], 10, 2)
+    assert sorted(chain(*chain(*shares))) == [0, 1, 2]
+    assert [len(one) for one in shares] == [2, 2]
