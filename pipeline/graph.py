@@ -101,7 +101,7 @@ STAGES: dict[str, Stage] = {
             lambda j: ("base", _conversations(j)),
         ),
         Stage("sft", 2, lambda j: j.sft, lambda j: ("base", "pack")),
-        Stage("merge", 1, lambda j: j.merge, lambda j: ("base", "sft")),
+        Stage("merge", 2, lambda j: j.merge, lambda j: ("base", "sft")),
         Stage("baseline", 1, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
         Stage(
             "eval",
