@@ -62,7 +62,7 @@ def run(
         f" tensors change, in {len(files)} of {len(merge.checkpoint.shards)} files"
     )
     proof = _write(merge, recipe, out, context)
-    logits = _probe(merge, out)
+    logits = _probe(merge, proof, out)
     certificate = _certificate(merge, proof, context, out, recipe.survival_floor, logits)
     text = json.dumps(certificate, indent=1, sort_keys=True, allow_nan=False)
     art.write_atomic(out / "certificate.json", text + "\n")
@@ -204,7 +204,7 @@ def _write_fp32_config(merge: Merge, out: Path) -> None:
         art.write_atomic(out / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _probe(merge: Merge, out: Path) -> dict[str, float]:
+def _probe(merge: Merge, proof: Proof, out: Path) -> dict[str, float]:
     """Logits on random prompts, all in fp32, as largest relative differences.
 
     ``parity``: base with adapter (by PEFT) against the fp32 sum before rounding; ``rounding``:
@@ -228,16 +228,15 @@ def _probe(merge: Merge, out: Path) -> dict[str, float]:
             return update.trained.read(update.name, start, stop)
         return merge.checkpoint.read(name, start, stop)
 
+    base, merged = merge.checkpoint.read, open_checkpoint(out).read
     if plan.method == "lora":
-        wanted = probes.probe_logits(
-            folder, merge.checkpoint.read, token_ids, adapter=merge.trained, scale=merge.scale
-        )
+        reads = [base, summed, merged, base]
+        wanted, sums, written, alone = _logits(merge, reads, token_ids)
     else:
-        wanted = probes.probe_logits(folder, trained_fully, token_ids)
-    alone = probes.probe_logits(folder, merge.checkpoint.read, token_ids)
-    written = probes.probe_logits(out, open_checkpoint(out).read, token_ids)
+        reads = [trained_fully, summed, merged, base]
+        wanted, sums, written, alone = (probes.probe_logits(folder, r, token_ids) for r in reads)
     found = {
-        "parity": probes.difference(wanted, probes.probe_logits(folder, summed, token_ids)),
+        "parity": probes.difference(wanted, sums),
         "rounding": probes.difference(wanted, written),
         "update": probes.difference(wanted, alone),
     }
@@ -248,12 +247,24 @@ def _probe(merge: Merge, out: Path) -> dict[str, float]:
             f"merge: merged logits differ from base with adapter by {found['parity']:.1e}, wanted"
             f" at most {PARITY_BOUND:.0e}; the adapter means more than W + s B A"
         )
-    if merge.scale and torch.equal(written, alone):
+    if merge.scale and (not proof.total().got or torch.equal(written, alone)):
         raise DataError(
             "merge: the merged model answers the probes exactly as the base does: nothing of the"
             " update is left; set merge.below_floor: fp32, or train a larger update"
         )
     return found
+
+
+def _logits(merge: Merge, reads: list[probes.Read], token_ids: Tensor) -> list[Tensor]:
+    """Logits for each of ``reads``, the first with the adapter: all in one run, or one by one where
+    the model does not allow it."""
+    adapter: dict[str, Any] = {"adapter": merge.trained, "scale": merge.scale}
+    folder = merge.base.folder
+    try:
+        return probes.probe_lanes(folder, reads, merge.plan.updates, token_ids, **adapter)
+    except probes.Unsuited:
+        first = probes.probe_logits(folder, reads[0], token_ids, **adapter)
+        return [first, *(probes.probe_logits(folder, read, token_ids) for read in reads[1:])]
 
 
 def _certificate(

@@ -7,6 +7,7 @@ hundred megabytes. All arithmetic is fp32.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,10 @@ def probe_ids(vocab_size: int, seed: int = 0) -> Tensor:
     return torch.randint(vocab_size, (PROBES, PROBE_TOKENS), generator=generator)
 
 
+class Unsuited(Exception):
+    """The model gives a weight that differs between lanes something else than [B, T, features]."""
+
+
 def probe_logits(
     folder: Path, read: Read, token_ids: Tensor, *, adapter: Path | None = None, scale: float = 1.0
 ) -> Tensor:
@@ -38,15 +43,58 @@ def probe_logits(
     ``token_ids``: [B, T]. ``read`` gives the weights. ``adapter``: a PEFT adapter
     folder, applied by PEFT itself at ``scale`` times its own scale.
     """
+    return probe_lanes(folder, [read], (), token_ids, adapter=adapter, scale=scale)[0]
+
+
+def probe_lanes(
+    folder: Path,
+    reads: Sequence[Read],
+    own: Collection[str],
+    token_ids: Tensor,
+    *,
+    adapter: Path | None = None,
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """``probe_logits`` of several models that differ in the weights ``own`` alone, in one run: every
+    other weight is read once, from the first. The adapter is applied to the first of them.
+
+    Each lane goes through a layer by itself, in the shapes that it has alone. Raises Unsuited where
+    a weight of ``own`` is not that of a plain linear layer.
+    """
+    lanes = _Lanes(reads, own, *token_ids.shape)
     model = _skeleton(folder)
     tied = _tied(model)
     for name, module in model.named_modules():
-        _stream(module, name, read, tied)
+        _stream(module, name, lanes, tied)
     if adapter is not None:
-        model = _with_peft(model, adapter, scale)
+        model = _with_peft(model, adapter, scale, lanes)
     with torch.inference_mode():
-        logits: Tensor = model(input_ids=token_ids, use_cache=False).logits
-    return logits.float()
+        ids = token_ids.repeat(len(reads), 1)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return list(logits.float().split(len(token_ids)))
+
+
+class _Lanes:
+    """Which rows of a batch belong to which model: ``prompts`` rows each, in order."""
+
+    def __init__(
+        self, reads: Sequence[Read], own: Collection[str], prompts: int, tokens: int
+    ) -> None:
+        self.reads, self.own = reads, frozenset(own)
+        self.prompts, self.tokens = prompts, tokens
+
+    def split(self, x: Tensor, name: str) -> list[tuple[Read, Tensor]]:
+        """Each lane's weights and rows. A batch may be of all lanes, of the first, or of the rest."""
+        count = len(self.reads)
+        rows = {n * self.prompts: n for n in (1, count - 1, count)}.get(x.shape[0], 0)
+        if x.dim() != 3 or x.shape[1] != self.tokens or not rows:
+            if name in self.own:
+                raise Unsuited(name)
+            return [(self.reads[0], x)]
+        some = self.reads if rows == count else self.reads[:1] if rows == 1 else self.reads[1:]
+        if name not in self.own:
+            some = [self.reads[0]] * rows
+        return list(zip(some, x.split(self.prompts), strict=True))
 
 
 def difference(left: Tensor, right: Tensor) -> float:
@@ -89,7 +137,7 @@ def _tied(model: Any) -> dict[str, str]:
     return {f"{names[id(head)]}.weight": f"{names[id(embedding)]}.weight"}
 
 
-def _stream(module: nn.Module, name: str, read: Read, tied: dict[str, str]) -> None:
+def _stream(module: nn.Module, name: str, lanes: _Lanes, tied: dict[str, str]) -> None:
     """Let ``module`` read its own weights when it is called, and drop them after."""
     leaves = {
         leaf: tied.get(full := f"{name}.{leaf}" if name else leaf, full)
@@ -99,29 +147,37 @@ def _stream(module: nn.Module, name: str, read: Read, tied: dict[str, str]) -> N
     if not leaves:
         return
     if type(module) is nn.Linear:
-        module.forward = _Linear(read, leaves, module.out_features, module.in_features)
+        module.forward = _Linear(lanes, leaves, module.out_features, module.in_features)
+    elif lanes.own and not lanes.own.isdisjoint(leaves.values()):
+        raise Unsuited(name)
     elif type(module) is nn.Embedding and module.max_norm is None:
-        module.forward = _Embedding(read, leaves["weight"])
+        module.forward = _Embedding(lanes.reads[0], leaves["weight"])
     else:
-        _stream_whole(module, read, leaves)
+        _stream_whole(module, lanes.reads[0], leaves)
 
 
 class _Linear:
     """x W^T + bias, a block of W's rows at a time."""
 
-    def __init__(self, read: Read, leaves: dict[str, str], rows: int, columns: int) -> None:
-        self.read, self.leaves, self.rows = read, leaves, rows
-        self.step = max(1, BLOCK_ELEMENTS // columns)
+    def __init__(self, lanes: _Lanes, leaves: dict[str, str], rows: int, columns: int) -> None:
+        self.lanes, self.weight, self.bias = lanes, leaves["weight"], leaves.get("bias")
+        self.rows, self.step = rows, max(1, BLOCK_ELEMENTS // columns)
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = []
+        blocks = []
         for start in range(0, self.rows, self.step):
             stop = min(start + self.step, self.rows)
-            parts.append(
-                nn.functional.linear(x, self.read(self.leaves["weight"], start, stop).float())
-            )
-        result = torch.cat(parts, -1)
-        return result + self.read(self.leaves["bias"]).float() if "bias" in self.leaves else result
+            parts: list[Tensor] = []
+            last = weight = None
+            for read, part in self.lanes.split(x, self.weight):
+                if read is not last:
+                    weight = None  # one block alive at a time
+                    weight, last = read(self.weight, start, stop).float(), read
+                parts.append(nn.functional.linear(part, weight))
+            blocks.append(torch.cat(parts))
+            del weight
+        result = torch.cat(blocks, -1)
+        return result + self.lanes.reads[0](self.bias).float() if self.bias else result
 
 
 class _Embedding:
@@ -134,6 +190,18 @@ class _Embedding:
         wanted, places = ids.unique(return_inverse=True)
         rows = torch.cat([self.read(self.name, i, i + 1).float() for i in wanted.tolist()])
         return rows[places]
+
+
+class _FirstLane:
+    """A layer with PEFT's adapter for the first lane, and without for the others."""
+
+    def __init__(self, layer: Any, prompts: int) -> None:
+        self.adapted, self.base, self.prompts = layer.forward, layer.base_layer, prompts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        first, rest = x[: self.prompts], x[self.prompts :]
+        adapted: Tensor = self.adapted(first)
+        return torch.cat([adapted, self.base(rest)]) if len(rest) else adapted
 
 
 def _stream_whole(module: nn.Module, read: Read, leaves: dict[str, str]) -> None:
@@ -151,7 +219,7 @@ def _stream_whole(module: nn.Module, read: Read, leaves: dict[str, str]) -> None
     module.register_forward_hook(drop)
 
 
-def _with_peft(model: Any, adapter: Path, scale: float) -> Any:
+def _with_peft(model: Any, adapter: Path, scale: float, lanes: _Lanes) -> Any:
     import warnings
 
     from peft import PeftModel
@@ -165,4 +233,5 @@ def _with_peft(model: Any, adapter: Path, scale: float) -> Any:
     for module in adapted.modules():
         if isinstance(module, LoraLayer):
             module.scale_layer(scale)
+            module.forward = _FirstLane(module, lanes.prompts)
     return adapted.eval()

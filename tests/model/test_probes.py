@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,46 @@ def test_logits_with_an_adapter_at_a_scale(tmp_path: Path) -> None:
     assert difference(want, full) < 1e-6 < 1e-3 < difference(want, alone)
     none = probe_logits(tmp_path, read, ids, adapter=tmp_path / "adapter", scale=0.0)
     assert difference(alone, none) < 1e-6
+
+
+def test_lanes_are_what_each_model_gives_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with the adapter on the first alone, and every shared weight read once."""
+    make_model(tmp_path, num_hidden_layers=3)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["up_proj", "v_proj"], layers_to_transform=[1])
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    own = [f"model.layers.1.{m}.weight" for m in ("mlp.up_proj", "self_attn.v_proj")]
+    read = open_checkpoint(tmp_path).read
+    times: Counter[str] = Counter()
+
+    def counted(name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        times[name] += 1
+        return read(name, start, stop)
+
+    def doubled(name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return read(name, start, stop) * (2 if name in own else 1)
+
+    ids = probe_ids(600)
+    got = probes.probe_lanes(
+        tmp_path, [counted, doubled, read, doubled], own, ids, adapter=tmp_path / "adapter"
+    )
+    want = [
+        probe_logits(tmp_path, read, ids, adapter=tmp_path / "adapter"),
+        probe_logits(tmp_path, doubled, ids),
+        probe_logits(tmp_path, read, ids),
+    ]
+    for lane, logits in zip(got, [*want, want[1]], strict=True):
+        assert torch.equal(lane, logits)
+    assert not any(torch.equal(a, b) for a, b in combinations(want, 2))
+    assert {n for n, count in times.items() if count > 1} <= {"model.embed_tokens.weight"}
+    with pytest.raises(probes.Unsuited):
+        probes.probe_lanes(tmp_path, [read, doubled], ["model.norm.weight"], ids)
 
 
 def test_weights_are_read_a_block_at_a_time(
