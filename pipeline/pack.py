@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pipeline.stage import Context, main
 KINDS = {"refusal": 0, "answer": 1, "anchor": 2}
 SHEET_ROWS = 24
 RANKS = (2, 8)
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 1024
 
 
 def run(
@@ -85,8 +86,9 @@ def _render(path: Path, chat: Chat, max_length: int) -> tuple[list[dict[str, Any
     documents: list[dict[str, Any]] = []
     dropped: list[str] = []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        for document in render_all(rows[first : first + ROWS_AT_ONCE], chat):
+    some = (rows[at : at + ROWS_AT_ONCE] for at in range(0, len(rows), ROWS_AT_ONCE))
+    with ThreadPoolExecutor(2) as pool:  # one renders while the other is in the tokenizer
+        for document in chain.from_iterable(pool.map(lambda part: render_all(part, chat), some)):
             if len(document["ids"]) > max_length:
                 dropped.append(document["id"])
             else:
