@@ -59,7 +59,7 @@ def again() -> None:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
-    world = init_world(always=spec["engine"] != "single") or Solo()
+    world = init_world(always=spec["engine"] != "single", leave=sft.leave_for) or Solo()
     is_zero = spec["engine"].startswith("zero")
     peaks = {"run": 0, "step": 0}
     train = Trainer.run

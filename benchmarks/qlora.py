@@ -126,7 +126,7 @@ def run_here(path: Path) -> None:
     from pipeline.train.world import init_world
 
     spec = json.loads(path.read_text())
-    world = init_world(always=spec["engine"] != "single") or Solo()
+    world = init_world(always=spec["engine"] != "single", leave=sft.leave_for) or Solo()
     is_zero = spec["engine"].startswith("zero")
     out = Path(spec["scratch"]) / "out"
     out.mkdir(exist_ok=True)
