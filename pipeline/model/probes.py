@@ -8,6 +8,8 @@ hundred megabytes. All arithmetic is fp32.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,7 +73,7 @@ def probe_lanes(
     with torch.inference_mode():
         ids = token_ids.repeat(len(reads), 1)
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return list(logits.float().split(len(token_ids)))
+    return list(logits.float().chunk(len(reads)))
 
 
 class _Lanes:
@@ -94,7 +96,7 @@ class _Lanes:
         some = self.reads if rows == count else self.reads[:1] if rows == 1 else self.reads[1:]
         if name not in self.own:
             some = [self.reads[0]] * rows
-        return list(zip(some, x.split(self.prompts), strict=True))
+        return list(zip(some, x.chunk(rows), strict=True))
 
 
 def difference(left: Tensor, right: Tensor) -> float:
@@ -146,12 +148,13 @@ def _stream(module: nn.Module, name: str, lanes: _Lanes, tied: dict[str, str]) -
     }
     if not leaves:
         return
+    replaced: Any = module
     if type(module) is nn.Linear:
-        module.forward = _Linear(lanes, leaves, module.out_features, module.in_features)
+        replaced.forward = _Linear(lanes, leaves, module.out_features, module.in_features)
     elif lanes.own and not lanes.own.isdisjoint(leaves.values()):
         raise Unsuited(name)
     elif type(module) is nn.Embedding and module.max_norm is None:
-        module.forward = _Embedding(lanes.reads[0], leaves["weight"])
+        replaced.forward = _Embedding(lanes.reads[0], leaves["weight"])
     else:
         _stream_whole(module, lanes.reads[0], leaves)
 
@@ -168,28 +171,24 @@ class _Linear:
         for start in range(0, self.rows, self.step):
             stop = min(start + self.step, self.rows)
             parts: list[Tensor] = []
-            last = weight = None
-            for read, part in self.lanes.split(x, self.weight):
-                if read is not last:
-                    weight = None  # one block alive at a time
-                    weight, last = read(self.weight, start, stop).float(), read
-                parts.append(nn.functional.linear(part, weight))
+            for read, lanes in groupby(self.lanes.split(x, self.weight), itemgetter(0)):
+                weight = read(self.weight, start, stop).float()
+                parts.extend(nn.functional.linear(part, weight) for _, part in lanes)
+                del weight  # one block alive at a time
             blocks.append(torch.cat(parts))
-            del weight
         result = torch.cat(blocks, -1)
         return result + self.lanes.reads[0](self.bias).float() if self.bias else result
 
 
 class _Embedding:
-    """Rows of the table, each read once."""
+    """The rows of the table that are looked up."""
 
     def __init__(self, read: Read, name: str) -> None:
         self.read, self.name = read, name
 
     def __call__(self, ids: Tensor) -> Tensor:
-        wanted, places = ids.unique(return_inverse=True)
-        rows = torch.cat([self.read(self.name, i, i + 1).float() for i in wanted.tolist()])
-        return rows[places]
+        rows = [self.read(self.name, i, i + 1).float() for i in ids.flatten().tolist()]
+        return torch.cat(rows).reshape(*ids.shape, -1)
 
 
 class _FirstLane:

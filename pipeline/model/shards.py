@@ -120,7 +120,7 @@ def as_tensor(buffer: bytearray, entry: Entry) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, row-major, in its own memory."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_shard(path: Path) -> Shard:
