@@ -20,7 +20,8 @@ SCALE_OF = 64  # NF4 weights share one scale in fp32
 HEAD_CHUNK = {"cpu": 2**25, "cuda": 2**29}  # of fp32 logits; train/head.py
 HEAD_COPIES = 4  # logits, log-probabilities, and the gradient of each
 PREFIX_BLOCK, PREFIX_CHUNK, PREFIX_FEW = 2**31, 2**29, 4096  # model/prefix.py
-PERSISTENT, BUCKET = 10**6, 5 * 10**7  # ds_configs/zero*.json, in elements
+# ds_configs/zero*.json, in elements
+PERSISTENT, LIVE, PREFETCH, BUCKET = 10**6, 10**9, 5 * 10**7, 5 * 10**7
 
 
 @dataclass(frozen=True)
@@ -91,17 +92,17 @@ def plan(work: Work, setup: Setup) -> Memory:
     adapter = lora_parameters(work.geometry, work.recipe.lora)
     held = _held(work, setup, adapter)
     kept, again = _kept(work, setup)
-    gathered, table, passing = _gathered(work, setup)
+    always, table, passing, ahead = _gathered(work, setup)
     head = _head(work, setup)
     back = again + activations.working(work.geometry, work.recipe.lora, work.row(setup))
     back += _dequantized(work)
-    if head + table >= back + passing:  # the two moments at which most is there
-        busy = {"loss head": head, "gathered weights": gathered + table}
-    else:
-        busy = {"one layer's backward": back, "gathered weights": gathered + passing}
-    step = held | busy
+    moments: list[dict[str, int]] = [
+        {"activations": kept, "loss head": head, "gathered weights": always + table},
+        {"activations": kept, "one layer's backward": back, "gathered weights": always + passing},
+        {"gathered weights": always + ahead},
+    ]
+    step = held | max(moments, key=lambda moment: sum(moment.values()))
     step |= {
-        "activations": kept,
         "gradients": FP32 * adapter,
         "prefix cache, pages": cache_bytes(work) if setup.kind == "cpu" else 0,
     }
@@ -212,28 +213,33 @@ def _head(work: Work, setup: Setup) -> int:
     return logits + 3 * work.size * predicted * g.hidden_size
 
 
-def _gathered(work: Work, setup: Setup) -> tuple[int, int, int]:
-    """Whole weights that a sharded engine holds through a step, beside them at the head, and in backward.
+def _gathered(work: Work, setup: Setup) -> tuple[int, int, int, int]:
+    """Whole weights that a sharded engine holds through a step; beside them at the head, in backward,
+    and early in the forward pass, when no activations are there yet.
 
     FSDP2 keeps what is outside of the layers (the head) until backward ends, and the last layer's
     gathered buffer; in backward one layer is whole while the next one's buffer fills. ZeRO-3 keeps
-    small tensors, and lets go of the others after use, in the recorded order too; a layer that is
-    computed again is whole until its backward has passed.
+    small tensors and lets go of the others after use (of a layer that is computed again after its
+    backward). But each small module that runs has it fetch a bucket more, so that soon LIVE elements
+    are on their way; two buckets in use are there twice (that they are two is measured).
     """
     if not setup.sharded or setup.world_size == 1:
-        return 0, 0, 0
+        return 0, 0, 0, 0
     layer, root = frozen_shapes(work)
     numbers = [_numbers(shape, work, True) for shape in layer]
     if setup.engine == "fsdp":
         one = sum(numbers) * work.size
-        return _whole(root, work) + one, 0, 2 * one
-    small = [n for n in numbers if n <= PERSISTENT]
-    fetched = [n for n in numbers if n > PERSISTENT]
-    always = (work.geometry.layers - work.cut) * sum(small) + work.geometry.hidden_size
-    table = work.geometry.vocab_size * work.geometry.hidden_size
-    always, table = (always + table, 0) if table <= PERSISTENT else (always, table)
-    passing = sum(fetched) if work.checkpointing else max(fetched, default=0)
-    return always * work.size, table * work.size, passing * work.size
+        return _whole(root, work) + one, 0, 2 * one, 0
+    layers, table = work.geometry.layers - work.cut, math.prod(root[0])
+    every = numbers * layers + [math.prod(shape) for shape in root]
+    small = sum(n for n in every if n <= PERSISTENT)
+    fetched = sum(every) - small
+    large = [n for n in numbers if n > PERSISTENT]
+    passing = sum(large) if work.checkpointing else max(large, default=0)
+    ahead = min(fetched, LIVE) + min(fetched, 2 * PREFETCH)
+    at_head = table if table > PERSISTENT else 0
+    size = work.size
+    return small * size, at_head * size, passing * size, ahead * size
 
 
 def _dequantized(work: Work) -> int:
