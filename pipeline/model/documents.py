@@ -26,11 +26,18 @@ Three = tuple[Tensor, Tensor, Tensor]
 class Part(Protocol):
     """Documents that are computed together."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Tensor) -> Tensor:
-        """Write their rows of ``output`` [T, H, C]; returns what ``backward`` wants back."""
+    def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
+        """Write their rows of ``output`` [T, H, C] and of ``sums``, the logarithm of the sum of each
+        query's exponentiated scores, float32 [T, H]."""
 
     def backward(
-        self, qkv: Three, output: Tensor, kept: Tensor, by_output: Tensor, scale: float, by: Three
+        self,
+        qkv: Three,
+        scale: float,
+        output: Tensor,
+        sums: Tensor,
+        by_output: Tensor,
+        by: Three,
     ) -> Tensor | float:
         """Write their rows of ``by``, the gradients by q, k and v; returns those by the shared rows
         of k and v, float32 [2, S, G, C], or 0 where nothing is shared."""
@@ -80,31 +87,43 @@ class Together:
         seen = torch.ones(self.length, shared + self.length, dtype=torch.bool).tril(shared)
         self.mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Tensor) -> Tensor:
-        q, k, v = self._batches(q, k, v)
-        heads = q.shape[1] // self.length
-        scores = torch.baddbmm(
-            self.mask.repeat(heads, 1), q.float(), k.float().transpose(1, 2), alpha=scale
-        )
-        p = scores.softmax(-1).to(q.dtype)
-        self._write(output, torch.bmm(p, v), heads)
-        return p
-
-    def backward(
-        self, qkv: Three, output: Tensor, kept: Tensor, by_output: Tensor, scale: float, by: Three
-    ) -> Tensor | float:
+    def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
         q, k, v = self._batches(*qkv)
         heads = q.shape[1] // self.length
+        scores = self._scores(q, k, scale)
+        total = scores.logsumexp(-1, keepdim=True)
+        p = scores.sub_(total).exp_().to(q.dtype)
+        self._write(output, torch.bmm(p, v), heads)
+        self._write(sums[:, :, None], total, heads)
+
+    def backward(
+        self,
+        qkv: Three,
+        scale: float,
+        output: Tensor,
+        sums: Tensor,
+        by_output: Tensor,
+        by: Three,
+    ) -> Tensor | float:
+        q, k, v = self._batches(*qkv)
+        groups, heads = len(k) // self.count, q.shape[1] // self.length
         incoming = by_output.index_select(0, self.queries).masked_fill_(self.padded, 0.0)
-        by_o = self._batch(incoming, self.length, len(k) // self.count)
-        by_v = torch.bmm(kept.transpose(1, 2), by_o)
+        by_o = self._batch(incoming, self.length, groups)
+        total = self._batch(sums.index_select(0, self.queries)[:, :, None], self.length, groups)
+        p = self._scores(q, k, scale).sub_(total).exp_()
+        by_v = torch.bmm(p.to(q.dtype).transpose(1, 2), by_o)
         by_p = torch.bmm(by_o, v.transpose(1, 2))
-        by_scores = torch._softmax_backward_data(by_p.float(), kept.float(), -1, torch.float32)
+        by_scores = torch._softmax_backward_data(by_p.float(), p, -1, torch.float32)
         by_scores = by_scores.mul_(scale).to(q.dtype)
         self._write(by[0], torch.bmm(by_scores, k), heads)
         by_k = torch.bmm(by_scores.transpose(1, 2), q)
         totals = [self._write_keys(t, g) for t, g in zip(by[1:], (by_k, by_v), strict=True)]
         return torch.stack(totals) if self.shared else 0.0
+
+    def _scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """float32 [D G, (H / G) L, S + L], -inf where hidden."""
+        mask = self.mask.repeat(q.shape[1] // self.length, 1)
+        return torch.baddbmm(mask, q.float(), k.float().transpose(1, 2), alpha=scale)
 
     def _batches(self, q: Tensor, k: Tensor, v: Tensor) -> Three:
         """q [D G, (H / G) L, C]; k and v [D G, S + L, C]."""
@@ -143,18 +162,23 @@ class Alone:
     def __init__(self, shared: int, span: Span) -> None:
         self.shared, self.span = shared, span
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, output: Tensor) -> Tensor:
+    def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
         a, b = self.span
-        whole = (self._whole(t) for t in (q, k, v))
-        rows, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        whole = (self._whole(t) for t in qkv)
+        rows, totals = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *whole, 0.0, True, scale=scale
         )
         output[a:b] = rows[0, :, self.shared :].transpose(0, 1)
-        kept: Tensor = sums
-        return kept
+        sums[a:b] = totals[0, :, self.shared :].T
 
     def backward(
-        self, qkv: Three, output: Tensor, kept: Tensor, by_output: Tensor, scale: float, by: Three
+        self,
+        qkv: Three,
+        scale: float,
+        output: Tensor,
+        sums: Tensor,
+        by_output: Tensor,
+        by: Three,
     ) -> Tensor | float:
         a, b = self.span
         q, k, v = (self._whole(t) for t in qkv)
@@ -166,7 +190,14 @@ class Alone:
         incoming, result = (t.transpose(0, 1)[None] for t in shared_by)
         repeated = (t.repeat_interleave(q.shape[1] // groups, dim=1) for t in (k, v))
         by_q, *by_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            incoming, q, *repeated, result, kept, 0.0, True, scale=scale
+            incoming,
+            q,
+            *repeated,
+            result,
+            self._whole(sums[:, :, None])[..., 0],
+            0.0,
+            True,
+            scale=scale,
         )
         by[0][a:b] = by_q[0, :, self.shared :].transpose(0, 1)
         totals = []
