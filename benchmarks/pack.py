@@ -6,7 +6,7 @@ The rows are real: every prompt of the samples (harmful, borderline, ordinary, a
 refusal there (of the harmful rows, and the general ones), in an order that repeats no pair. Same chat
 template, tokenizer (SmolLM2) and max_length. This project: the whole stage, from JSONL to packed
 tokens on disk, with the steps of one epoch. TRL: ``SFTTrainer._prepare_dataset`` with packing, from a
-dataset in memory, with its default of no worker processes, and with two. One round runs every system
+dataset on disk, with its default of no worker processes, and with two. One round runs every system
 once, in a new process, in turn (every other round backwards); imports are not counted. FILE is
 written after each run; the same command goes on where it was stopped.
 """
