@@ -94,7 +94,7 @@ class Torture:
             self.compare()
         return True
 
-    def here(self, stage: str) -> list[dict[str, str]]:
+    def here(self, stage: str) -> list[dict[str, Any]]:
         return [kill for kill in self.state["waiting"] if kill["stage"] == stage]
 
     def fresh(self) -> None:
@@ -104,6 +104,13 @@ class Torture:
 
     def sealed(self, stage: str) -> bool:
         return any((self.folder / "runs").glob(f"{stage}-*/manifest.json"))
+
+    def unseal(self, stage: str) -> None:
+        """The stage has to run again."""
+        for sealed in (self.folder / "runs").glob(f"{stage}-*"):
+            for path in (sealed, *sealed.rglob("*")):
+                path.chmod(0o755)
+            shutil.rmtree(sealed)
 
     def finish(self, stage: str) -> None:
         """Run a stage that nobody disturbs."""
@@ -127,7 +134,10 @@ class Torture:
             until(running.ended, 60, running)
             seconds = time.monotonic() - struck
             if not hit or self.sealed(stage):
-                self.state["missed"] += 1  # the stage was faster
+                self.state["missed"] += 1  # the stage was faster: again, and sooner
+                kill["tries"] = kill.get("tries", 0) + 1
+                if stage != "sft":
+                    self.unseal(stage)
                 return self.keep()
             self.went_on(stage, running, before)
             code = code_of(self.folder)
@@ -145,7 +155,7 @@ class Torture:
         return self.keep()
 
     def await_phase(
-        self, kill: dict[str, str], running: Running, newest: str | int, chance: random.Random
+        self, kill: dict[str, Any], running: Running, newest: str | int, chance: random.Random
     ) -> None:
         """Until the run is where the kill wants it, and a random while longer."""
 
@@ -156,7 +166,7 @@ class Torture:
         stage = kill["stage"]
         until(lambda: f"{stage}: {stage}-" in running.said() or running.ended(), 120, running)
         if kill["phase"] == "working":
-            time.sleep(chance.uniform(0.0, 0.4))
+            time.sleep(chance.uniform(0.0, 0.4) / (1 + kill.get("tries", 0)) ** 2)
         elif kill["phase"] == "starting":
             time.sleep(chance.uniform(0.0, 1.0))
         else:
@@ -168,7 +178,7 @@ class Torture:
                 if any(place.glob(".checkpoint-*.tmp")):
                     return
 
-    def strike(self, kill: dict[str, str], running: Running, chance: random.Random) -> list[int]:
+    def strike(self, kill: dict[str, Any], running: Running, chance: random.Random) -> list[int]:
         """Send the signal; the ranks that were hit."""
         ranks = running.ranks()
         hit = sorted(ranks) if kill["who"] == "all" else [chance.choice(sorted(ranks))]
