@@ -180,17 +180,12 @@ def options(*given: str) -> Breaking:
     return broken
 
 
-def sft(name: str, broken: Breaking, *says: str, code: int = 78) -> Case:
-    return Case(name, "sft", code, broken, says)
+def sft(name: str, broken: Breaking, *says: str, code: int = 78, progress: int = 0) -> Case:
+    return Case(name, "sft", code, broken, says, progress=progress)
 
 
 def lora(name: str, values: dict[str, Any], *says: str) -> Case:
     return sft(name, lambda p: p.set(**{f"sft__lora__{k}": v for k, v in values.items()}), *says)
-
-
-def nf4_with_zero3(p: Place) -> list[str]:
-    p.set(sft__quantization="nf4")
-    return ["--ds", ZERO3]
 
 
 def base_lost_a_tensor(p: Place) -> None:
@@ -231,7 +226,6 @@ TRAINING = [
         "widen the range",
     ),
     lora("rank-above-size", {"rank": 33}, "sft.lora.rank=33 is above the size", "64 x 32"),
-    sft("nf4-with-zero3", nf4_with_zero3, "nf4 with ZeRO-3", "use --engine fsdp, ddp or single"),
     sft(
         "batch-in-the-ds-file",
         deepspeed(SECTION | {"train_batch_size": 8}),
@@ -266,6 +260,7 @@ TRAINING = [
         "1 tensors are missing, such as model.layers.1.mlp.up_proj.weight",
         "fetch it again",
         code=65,
+        progress=1,
     ),
     Case(
         "update-lost-in-rounding",
