@@ -204,7 +204,7 @@ class Torture:
 
         wanted = [*(self.folder / "runs").glob("sft-*/epoch-*/*")]
         wanted += [p for p in (self.folder / "runs").glob("merge-*/*") if p.suffix != ".md"]
-        skip = ("manifest.json", "certificate.json")
+        skip = ("manifest.json", "certificate.json", ".stamps.json")  # times and inodes
         return {
             str(path.relative_to(self.folder)): hash_file(path).sha256
             for path in sorted(wanted)
