@@ -15,15 +15,12 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from rounds import ROOT, run_ranks, spread
+
 NEVER = 1e9
 WARM = 3  # steps before the first round
 
@@ -89,6 +86,7 @@ def cell(path: Path) -> None:
         },
         console=Console(quiet=True),
     )
+    (path.parent / "out").mkdir(exist_ok=True)
     with contextlib.suppress(EnoughStepsError):
         sft.run(stage.recipe, stage.open_inputs(), path.parent / "out", context)
     world.barrier()
@@ -120,10 +118,6 @@ def summary(ranks: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--json", type=Path)
@@ -142,23 +136,10 @@ def main() -> None:
         options.error("--json is missing")
     data = json.loads(given.json.read_text()) if given.json.exists() else {"cells": {}}
     for engine in given.engine:
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / "out").mkdir()
-            spec = {"engine": engine, "job": str(given.job.resolve())}
-            spec["runs"] = str(given.runs.resolve())
-            spec |= {n: getattr(given, n) for n in ("rounds", "steps", "every")}
-            path = Path(scratch) / "spec.json"
-            path.write_text(json.dumps(spec))
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            done = subprocess.run(
-                [sys.executable, *launcher, __file__, "--cell", str(path)],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                raise SystemExit(f"{engine}: failed\n{done.stderr[-3000:]}")
-            ranks = [json.loads((path.parent / f"result-{r}.json").read_text()) for r in (0, 1)]
+        spec = {"engine": engine, "job": str(given.job.resolve())}
+        spec["runs"] = str(given.runs.resolve())
+        spec |= {n: getattr(given, n) for n in ("rounds", "steps", "every")}
+        ranks = run_ranks([__file__, "--cell"], spec, 2)
         found = data["cells"][engine] = summary(ranks, given.steps)
         given.json.write_text(json.dumps(data, indent=1) + "\n")
         print(

@@ -19,18 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from rounds import ROOT, run_ranks
 
 LAUNCHES = {"single": ("single", 1), "fsdpx2": ("fsdp", 2), "zero3x2": ("zero3", 2)}
 LAUNCHES |= {"ddpx2": ("ddp", 2), "zero2x2": ("zero2", 2)}
@@ -156,25 +151,6 @@ def predict(base: Path, launch: str, tokens: int, checkpointing: bool, cell: Any
     return plan(work, Setup(engine, processes, processes, cell["kind"]))
 
 
-def measure(folder: Path, spec: dict[str, Any], processes: int, default_malloc: bool) -> Any:
-    """Results of all ranks of one run in new processes."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        path = Path(scratch) / "spec.json"
-        path.write_text(json.dumps(spec | {"scratch": scratch}))
-        command = [sys.executable, str(ROOT / "benchmarks" / "memory_cell.py"), str(path)]
-        if processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            command[1:1] = [*launcher, str(processes)]
-        threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-        environment |= {} if default_malloc else MALLOC
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        found = sorted(Path(scratch).glob("result-*.json"))
-        if done.returncode or len(found) != processes:
-            raise SystemExit(f"{spec['engine']}: failed\n{done.stderr[-3000:]}")
-        return [json.loads(file.read_text()) for file in found]
-
-
 def run_cell(
     folder: Path, key: str, done: dict[str, Any] | None, default_malloc: bool
 ) -> dict[str, Any]:
@@ -193,7 +169,8 @@ def run_cell(
             "warm": [str(tiny), str(make_pack(folder, tiny, 64, launch))],
             "real": [str(base), str(make_pack(folder, base, tokens, launch))],
         }
-        ranks = measure(folder, spec, processes, default_malloc)
+        cell = [str(ROOT / "benchmarks" / "memory_cell.py")]
+        ranks = run_ranks(cell, spec, processes, None if default_malloc else MALLOC)
         done = max(ranks, key=lambda rank: int(rank["step_bytes"]))
     memory = predict(base, launch, tokens, on, done)
     predicted = memory.phases["step"]

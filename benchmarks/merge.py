@@ -17,7 +17,6 @@ import contextlib
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rounds import ROOT, in_turn, load, print_ratios, spread
 
-ROOT = Path(__file__).resolve().parents[1]
 SYSTEMS = ("untaxed", "untaxed_without_probes", "peft", "cp")
 SHARDS = 8  # as Qwen2.5-14B has
 SIZES: dict[str, dict[str, Any]] = {
@@ -188,9 +187,7 @@ def report(data: dict[str, Any]) -> dict[str, Any]:
     for name, runs in data["runs"].items():
         cells[name] = {"rounds": len(runs)}
         for measure in MEASURES:
-            values = [run[measure] for run in runs]
-            median = statistics.median(values)
-            cells[name][measure] = {"median": median, "low": min(values), "high": max(values)}
+            cells[name][measure] = spread([run[measure] for run in runs])
     ratios = {}
     for ours in ("untaxed", "untaxed_without_probes"):
         if all(name in cells for name in (ours, "peft", "cp")):
@@ -214,30 +211,26 @@ def main() -> None:
     options.add_argument("--size", choices=SIZES, default="qwen-1.5b")
     options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     given = options.parse_args()
-    data = json.loads(given.json.read_text()) if given.json.exists() else {"runs": {}}
+    data = load(given.json)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         spec = prepare(folder, given.size)
-        data["weights_bytes"], data["files"] = spec["weights_bytes"], SHARDS
-        for number in range(given.rounds):
-            for system in given.systems if number % 2 == 0 else given.systems[::-1]:
-                runs = data["runs"].setdefault(system, [])
-                if len(runs) > number:
-                    continue
-                runs.append(run_once(system, spec, folder))
-                data |= report(data)
-                given.json.write_text(json.dumps(data, indent=1) + "\n")
-                last = runs[-1]
-                print(
-                    f"round {number + 1} {system:<24} {last['seconds']:6.2f} s (process"
-                    f" {last['process_seconds']:6.2f} s)  peak {last['peak_bytes'] / 1e9:.2f} GB"
-                    f" ({last['peak_private_bytes'] / 1e9:.2f} private)  read"
-                    f" {last['read_bytes'] / 1e9:.2f} GB  written"
-                    f" {last['written_bytes'] / 1e9:.2f} GB",
-                    flush=True,
-                )
-    for name, value in data.get("ratios", {}).items():
-        print(f"{name:<48} {value:.2f}")
+        data |= {"weights_bytes": spec["weights_bytes"], "files": SHARDS}
+        in_turn(
+            given.json,
+            data,
+            given.rounds,
+            given.systems,
+            lambda system: run_once(system, spec, folder),
+            report,
+            lambda run: (
+                f"{run['seconds']:6.2f} s (process {run['process_seconds']:6.2f} s)  peak"
+                f" {run['peak_bytes'] / 1e9:.2f} GB ({run['peak_private_bytes'] / 1e9:.2f} private)"
+                f"  read {run['read_bytes'] / 1e9:.2f} GB  written"
+                f" {run['written_bytes'] / 1e9:.2f} GB"
+            ),
+        )
+    print_ratios(data)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from rounds import ROOT, in_turn, load, print_ratios, run_ranks, spread
+
 SAMPLES = ROOT / "pipeline" / "data" / "samples"
 SYSTEMS = ("untaxed", "trl", "trl_two_processes")
 MAX_LENGTH = 1024
@@ -86,32 +84,12 @@ def prepare(folder: Path, count: int) -> dict[str, Any]:
     }
 
 
-def run_once(system: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One run in a new process."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        path = Path(scratch) / "spec.json"
-        path.write_text(json.dumps(spec | {"scratch": scratch}))
-        cell = [sys.executable, str(ROOT / "benchmarks" / "pack_cell.py"), system, str(path)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        environment.pop("TOKENIZERS_PARALLELISM", None)  # each has its own default
-        done = subprocess.run(cell, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{system}: failed\n{done.stderr[-3000:]}")
-        result: dict[str, Any] = json.loads((Path(scratch) / "result.json").read_text())
-        return result
-
-
 def report(data: dict[str, Any]) -> dict[str, Any]:
     """Cells with medians and spread, and the ratios of medians."""
     cells: dict[str, Any] = {}
     for name, runs in data["runs"].items():
-        speeds = [run["rows_per_second"] for run in runs]
         cells[name] = {k: v for k, v in runs[-1].items() if k != "rows_per_second"} | {
-            "rows_per_second": {
-                "median": statistics.median(speeds),
-                "low": min(speeds),
-                "high": max(speeds),
-            },
+            "rows_per_second": spread([run["rows_per_second"] for run in runs]),
             "rounds": len(runs),
         }
     speed = {name: cell["rows_per_second"]["median"] for name, cell in cells.items()}
@@ -130,28 +108,25 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=50_000)
     options.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     given = options.parse_args()
-    data = json.loads(given.json.read_text()) if given.json.exists() else {"runs": {}}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        spec = prepare(folder, given.rows)
-        for number in range(given.rounds):
-            for system in given.systems if number % 2 == 0 else given.systems[::-1]:
-                runs = data["runs"].setdefault(system, [])
-                if len(runs) > number:
-                    continue
-                runs.append(run_once(system, spec, folder))
-                data |= report(data) | {"rows": given.rows, "max_length": MAX_LENGTH}
-                given.json.write_text(json.dumps(data, indent=1) + "\n")
-                last = runs[-1]
-                print(
-                    f"round {number + 1} {system:<18} {last['rows_per_second']:8.0f} rows/s "
-                    f" efficiency {last['efficiency']:.2%}  imbalance over {RANKS} ranks"
-                    f" {last['imbalance']:.2%} (tokens {last['token_imbalance']:.2%}, squares"
-                    f" {last['square_imbalance']:.2%})",
-                    flush=True,
-                )
-    for name, value in data.get("ratios", {}).items():
-        print(f"{name:<32} {value:.2f}")
+    data = load(given.json) | {"rows": given.rows, "max_length": MAX_LENGTH}
+    with tempfile.TemporaryDirectory() as folder:
+        spec = prepare(Path(folder), given.rows)
+        os.environ.pop("TOKENIZERS_PARALLELISM", None)  # each system has its own default
+        cell = str(ROOT / "benchmarks" / "pack_cell.py")
+        in_turn(
+            given.json,
+            data,
+            given.rounds,
+            given.systems,
+            lambda system: run_ranks([cell, system], spec)[0],
+            report,
+            lambda run: (
+                f"{run['rows_per_second']:8.0f} rows/s  efficiency {run['efficiency']:.2%}"
+                f"  imbalance over {RANKS} ranks {run['imbalance']:.2%} (tokens"
+                f" {run['token_imbalance']:.2%}, squares {run['square_imbalance']:.2%})"
+            ),
+        )
+    print_ratios(data)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One run of one way to prepare rows, for benchmarks/pack.py: SYSTEM SPEC.json.
 
-Writes result.json: rows a second, how full the packs are, and how unlike the work of the ranks is.
+Writes result-0.json: rows a second, how full the packs are, and how unlike the work of the ranks is.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def main(system: str, path: Path) -> None:
         result = untaxed(spec)
     else:
         result = trl(spec, 2 if system == "trl_two_processes" else None)
-    (path.parent / "result.json").write_text(json.dumps(result))
+    (path.parent / "result-0.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

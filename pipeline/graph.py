@@ -93,19 +93,19 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("prep", 1, lambda j: j.prep, lambda j: (), lambda j: j.prep.sources + j.prep.exclude),
-        Stage("anchor", 1, _anchor, lambda j: ("base", "prep")),
+        Stage("anchor", 2, _anchor, lambda j: ("base", "prep")),
         Stage(
             "pack",
             2,
             lambda j: PackStep(pack=j.pack, chat=j.chat, batch=j.sft.batch, epochs=j.sft.epochs),
             lambda j: ("base", _conversations(j)),
         ),
-        Stage("sft", 2, lambda j: j.sft, lambda j: ("base", "pack")),
+        Stage("sft", 3, lambda j: j.sft, lambda j: ("base", "pack")),
         Stage("merge", 2, lambda j: j.merge, lambda j: ("base", "sft")),
-        Stage("baseline", 1, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
+        Stage("baseline", 2, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
         Stage(
             "eval",
-            1,
+            2,
             lambda j: EvalStep(job=j.name, eval=j.eval, chat=j.chat),
             lambda j: ("base", "baseline", "sft", "merge"),
             lambda j: j.eval.suites,

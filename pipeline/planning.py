@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline import artifact as art
 from pipeline.errors import DataError, RecipeError
 from pipeline.graph import Workspace, plan_job
 from pipeline.model.advice import DEVICES, FREE, GB, OVERHEAD, advise, needed
-from pipeline.model.geometry import geometry_of, stored_bytes
+from pipeline.model.geometry import cut_of, geometry_of, stored_bytes
 from pipeline.model.memory import Memory, Setup, Work, plan
 from pipeline.model.support import check
 from pipeline.recipes import Job
@@ -60,9 +61,8 @@ def work_of(job: Job, workspace: Workspace) -> Work | None:
         return None
     if geometry is None:
         return None
-    lora = job.sft.lora
-    cuts = job.execution.frozen_prefix and not config.get("attention_dropout")
-    cut = lora.layers.select(geometry.layers)[0] if lora and cuts else 0
+    known = config or {"model_type": geometry.architecture, "num_hidden_layers": geometry.layers}
+    cut = cut_of(known, job.sft)[0] if job.execution.frozen_prefix else 0
     pack = planned["pack"].folder
     facts = art.open_artifact(pack).facts if (pack / art.MANIFEST).exists() else {}
     return Work(
@@ -96,7 +96,7 @@ def print_memory(
     advice = advise(work, setup, room)
     chosen = job.execution.activation_checkpointing
     on = advice.checkpointing if chosen == "auto" else chosen
-    work = Work(**{**vars(work), "checkpointing": on})
+    work = replace(work, checkpointing=on)
     memory = plan(work, setup)
     total = needed(memory, setup)
     verdict = "fits" if total <= (1 - FREE) * room else "does not fit"

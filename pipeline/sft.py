@@ -25,8 +25,7 @@ from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.model import lora, support
 from pipeline.model.attention import PER_DOCUMENT
 from pipeline.model.build import DTYPES, build_model, check_dtypes
-from pipeline.model.cut import cut_of
-from pipeline.model.geometry import ARCHITECTURES
+from pipeline.model.geometry import ARCHITECTURES, cut_of
 from pipeline.recipes import SftRecipe
 from pipeline.stage import Context, Run, arguments, main, say_status
 from pipeline.train import checkpoint
@@ -53,10 +52,12 @@ def run(
     torch.manual_seed(recipe.seed * 1000003 + world.rank)
     engine = make_engine(context.options.get("ds"), context.options.get("engine"), world.size)
     capacity = int(inputs["pack"].manifest.recipe["pack"]["max_length"])
-    cut, why = _cut(inputs["base"], recipe, context)
+    config = _config(inputs["base"].folder)
+    off = 0, "execution.frozen_prefix is false"
+    cut, why = cut_of(config.to_dict(), recipe) if context.execution.frozen_prefix else off
     with engine.loading(recipe):
         support.check(recipe, engine.name, launched=dist.is_initialized())
-        execution = settle(inputs["base"], recipe, cut, capacity, engine.name, context)
+        execution = settle(config, recipe, cut, capacity, engine.name, context)
         model, adapted = build_model(inputs["base"], recipe, execution, cut)
     shared = _shares_beginnings(model, recipe)
     train, dev = (
@@ -132,17 +133,13 @@ def _elements(parameter: torch.nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _cut(base: Artifact, recipe: SftRecipe, context: Context) -> tuple[int, str]:
-    """The first layer that runs in every step; if it is 0, why."""
+def _config(base: Path) -> Any:
     from transformers import AutoConfig
 
-    if not context.execution.frozen_prefix:
-        return 0, "execution.frozen_prefix is false"
     try:
-        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+        return AutoConfig.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{base.folder}: config.json cannot be used: {error}") from error
-    return cut_of(config, recipe)
+        raise DataError(f"{base}: config.json cannot be used: {error}") from error
 
 
 def _shares_beginnings(model: Any, recipe: SftRecipe) -> bool:

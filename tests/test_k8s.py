@@ -79,8 +79,10 @@ def test_every_file_is_strictly_valid(path: Path, version: str) -> None:
     """Patches too: they state part of an object, and nothing that it does not have."""
     import kubernetes_validate
 
-    for document in yaml.safe_load_all(path.read_text(encoding="ascii")):
-        kubernetes_validate.validate(document, version, strict=True)
+    documents = list(yaml.safe_load_all(path.read_text(encoding="ascii")))
+    assert documents
+    for document in documents:
+        kubernetes_validate.validate(document, version, strict=True)  # raises for what is not
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -1,15 +1,10 @@
-"""Where the frozen prefix ends: what lies below the first adapted layer never changes."""
+"""A model without its frozen prefix: what lies below the first adapted layer never changes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-from pipeline.model.geometry import ARCHITECTURES
-
-if TYPE_CHECKING:
-    from pipeline.recipes import SftRecipe
 
 
 class Passed(nn.Module):
@@ -17,18 +12,6 @@ class Passed(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **options: Any) -> Tensor:
         return hidden
-
-
-def cut_of(config: Any, recipe: SftRecipe) -> tuple[int, str]:
-    """Number of layers below the first adapted one, or 0 and why nothing can be cut off."""
-    if recipe.lora is None:
-        return 0, "full fine-tuning changes every layer"
-    if config.model_type not in ARCHITECTURES:
-        return 0, f"the architecture {config.model_type} is none of {', '.join(ARCHITECTURES)}"
-    if getattr(config, "attention_dropout", 0.0):
-        return 0, "the base has dropout of its own"
-    first = recipe.lora.layers.select(int(config.num_hidden_layers))[0]
-    return first, "" if first else "layer 0 is adapted"
 
 
 def drop_prefix(model: Any, cut: int) -> None:

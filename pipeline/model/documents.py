@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,32 +22,18 @@ Span = tuple[int, int]
 Three = tuple[Tensor, Tensor, Tensor]
 
 
-class Part(Protocol):
-    """Documents that are computed together."""
-
-    def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
-        """Write their rows of ``output`` [T, H, C] and of ``sums``, the logarithm of the sum of each
-        query's exponentiated scores, float32 [T, H]."""
-
-    def backward(
-        self,
-        qkv: Three,
-        scale: float,
-        output: Tensor,
-        sums: Tensor,
-        by_output: Tensor,
-        by: Three,
-    ) -> Tensor | float:
-        """Write their rows of ``by``, the gradients by q, k and v; returns those by the shared rows
-        of k and v, float32 [2, S, G, C], or 0 where nothing is shared."""
-
-
 @lru_cache(maxsize=64)
-def documents_of(starts: tuple[int, ...]) -> list[Part]:
+def documents_of(starts: tuple[int, ...]) -> list[Together | Alone]:
     """The parts of a pack. ``starts``: where each document begins, and T; what lies before the first
-    is shared by all."""
+    is shared by all.
+
+    ``forward`` of a part writes its rows of ``output`` [T, H, C] and of ``sums``, the logarithm of
+    the sum of each query's exponentiated scores, float32 [T, H]. ``backward`` writes its rows of
+    ``by``, the gradients by q, k and v, and returns those by the shared rows of k and v, float32
+    [2, S, G, C], or 0 where nothing is shared.
+    """
     shared = starts[0]
-    parts: list[Part] = [Alone(0, (0, shared))] if shared > SHORT else []
+    parts: list[Together | Alone] = [Alone(0, (0, shared))] if shared > SHORT else []
     if 0 < shared <= SHORT:
         parts.append(Together(0, [(0, shared)]))
     groups: list[list[Span]] = []

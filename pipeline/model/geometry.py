@@ -1,4 +1,5 @@
-"""Parameter counts from a decoder's shapes, before the model is on this machine. Torch-free.
+"""What a decoder's shapes say before the model is on this machine: parameters, and where the frozen
+prefix ends. Torch-free.
 
 The counts are exact for the four architectures that ``Geometry`` knows.
 """
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from pipeline.recipes import Geometry, Job, LoraRecipe
+    from pipeline.recipes import Geometry, Job, LoraRecipe, SftRecipe
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 BF16_BYTES = 2
@@ -57,6 +58,19 @@ def stored_bytes(config: Mapping[str, Any]) -> int:
     """Bytes of one weight in the base's files, as ``config.json`` says; 2 where it does not."""
     stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return 4 if stated.endswith("float32") else 2
+
+
+def cut_of(config: Mapping[str, Any], recipe: SftRecipe) -> tuple[int, str]:
+    """Number of layers below the first adapted one, or 0 and why nothing can be cut off."""
+    if recipe.lora is None:
+        return 0, "full fine-tuning changes every layer"
+    if config["model_type"] not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        return 0, f"the architecture {config['model_type']} is none of {known}"
+    if config.get("attention_dropout"):
+        return 0, "the base has dropout of its own"
+    first = recipe.lora.layers.select(int(config["num_hidden_layers"]))[0]
+    return first, "" if first else "layer 0 is adapted"
 
 
 def linear_shapes(geometry: Geometry) -> dict[str, tuple[int, int]]:

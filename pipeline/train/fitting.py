@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.artifact import Artifact
 from pipeline.errors import DataError
 from pipeline.model.advice import GB, choose_checkpointing, needed
 from pipeline.model.attention import choose
@@ -24,16 +23,17 @@ MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def settle(
-    base: Artifact, recipe: SftRecipe, cut: int, tokens: int, engine: str, context: Context
+    config: Any, recipe: SftRecipe, cut: int, tokens: int, engine: str, context: Context
 ) -> Execution:
     """``context.execution`` with "auto" checkpointing decided, alike on all ranks, for packs of
-    ``tokens``. Where nothing can be planned (full fine-tuning, unknown shapes): on, but on a CPU off.
+    ``tokens``; ``config`` is the base's. Where nothing can be planned (full fine-tuning, unknown
+    shapes): on, but on a CPU off.
     """
     execution = context.execution
     if execution.activation_checkpointing != "auto":
         return execution
     kind, room = device().type, device_bytes()
-    work, why = _work(base, recipe, cut, tokens)
+    work, why = _work(config, recipe, cut, tokens)
     if work is None:
         on = kind != "cpu"
     else:
@@ -48,15 +48,12 @@ def settle(
     return execution.model_copy(update={"activation_checkpointing": on})
 
 
-def _work(base: Artifact, recipe: SftRecipe, cut: int, tokens: int) -> tuple[Work | None, str]:
-    from transformers import AutoConfig
-
+def _work(config: Any, recipe: SftRecipe, cut: int, tokens: int) -> tuple[Work | None, str]:
     if recipe.lora is None:
         return None, "memory is planned for LoRA alone"
     try:
-        config: Any = AutoConfig.from_pretrained(base.folder, local_files_only=True)
         geometry = geometry_of(config.to_dict())
-    except (DataError, OSError, ValueError, KeyError) as error:
+    except DataError as error:
         return None, str(error)
     masked = choose(config, bf16=recipe.precision == "bf16") == "sdpa"
     stored = stored_bytes(config.to_dict())

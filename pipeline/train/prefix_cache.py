@@ -8,16 +8,12 @@ written after its states.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
-import hashlib
 import json
 import mmap
 import os
-import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.artifact import canonical
 from pipeline.errors import UntaxedError
+from pipeline.train.cache_place import IDENTITY, alone, key_of, make_room
 
-STATES, CHECKSUMS, IDENTITY = "hidden.bin", "checksums.bin", "identity.json"
-KINDS = ("prefix", "reference")  # what folders of caches begin with
-KEY = 16  # hexadecimal digits
+STATES, CHECKSUMS = "hidden.bin", "checksums.bin"
 WRITTEN = 1 << 32  # added to a CRC-32, so that zero says "not stored"
 
 
@@ -104,45 +98,6 @@ class PrefixCache:
         return WRITTEN + zlib.crc32(self._rows(document).view(torch.uint8).numpy().data)
 
 
-def key_of(identity: Mapping[str, Any]) -> str:
-    """What the folder's name ends in: a hash of all that decides a bit of the content."""
-    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:KEY]
-
-
-def caches(root: Path) -> list[Path]:
-    """The folders of caches below ``root``, of either kind, and no other folder."""
-    named = (f for kind in KINDS for f in root.glob(f"{kind}-" + "[0-9a-f]" * KEY))
-    return [folder for folder in named if (folder / IDENTITY).is_file()]
-
-
-def room(root: Path) -> int:
-    """Bytes that caches below ``root`` may take in all: those they have, and four fifths of what is
-    free."""
-    root.mkdir(parents=True, exist_ok=True)
-    return sum(_size(folder) for folder in caches(root)) + shutil.disk_usage(root).free * 4 // 5
-
-
-def make_room(root: Path, folder: Path, size: int, budget_bytes: int) -> None:
-    """Remove the caches that were used longest ago until ``folder`` may have ``size`` bytes; who
-    still reads one that is mapped keeps its memory."""
-    others = [other for other in caches(root) if other != folder]
-    others.sort(key=lambda other: other.stat().st_mtime)
-    total = size + sum(_size(other) for other in others)
-    for other in others:
-        if total <= budget_bytes:
-            return
-        total -= _size(other)
-        shutil.rmtree(other, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """One process at a time makes, maps and removes folders below ``root``."""
-    with (root / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def _map(path: Path, size: int) -> mmap.mmap:
     """``size`` bytes of ``path`` in memory, shared with other processes; zeros where it is new.
 
@@ -170,12 +125,3 @@ def _reserve(opened: int, path: Path, size: int) -> None:
             f"{path}: {error.strerror} ({size / 1e9:.2f} GB wanted); set UNTAXED_CACHE to a larger"
             " disk, or lower execution.prefix_cache_gb"
         ) from error
-
-
-def _size(folder: Path) -> int:
-    """Bytes of its files; another process may be removing or replacing them."""
-    size = 0
-    with contextlib.suppress(FileNotFoundError):
-        for file in folder.iterdir():
-            size += file.stat().st_size
-    return size

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pipeline.train.cache_place import machine, place
+from pipeline.train.cache_place import IDENTITY, alone, key_of, machine, make_room, place
 from pipeline.train.loss import Reference
-from pipeline.train.prefix_cache import IDENTITY, alone, key_of, make_room
 from pipeline.train.world import gather_objects
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import torch.distributed as dist
 
@@ -158,7 +157,7 @@ class Watch:
     def mark(self, at: str) -> None:
         """The main thread is at ``at``, which may take ``patience`` seconds."""
         with self.speaking:
-            self.beat = _with(self.beat, at=at, marks=self.beat.marks + 1)
+            self.beat = replace(self.beat, at=at, marks=self.beat.marks + 1)
 
     def say_left(self, code: int, message: str, fault: int | None = None) -> None:
         """This rank ends before its time; gives the others a moment to hear why."""
@@ -167,7 +166,7 @@ class Watch:
         self.leaving.set()
         fault = self.rank if fault is None else fault
         with self.speaking:
-            self.beat = _with(self.beat, left=(code, fault, message))
+            self.beat = replace(self.beat, left=(code, fault, message))
         until = time.monotonic() + 3 * PERIOD
         while time.monotonic() < until and not self._all_leave():
             time.sleep(PERIOD / 10)
@@ -224,7 +223,7 @@ class Watch:
     def _speak(self) -> None:
         with self.speaking:
             count, joined = self.beat.count + 1, _joined()
-            self.beat = _with(self.beat, count=count, joined=joined)
+            self.beat = replace(self.beat, count=count, joined=joined)
             said = json.dumps(asdict(self.beat))
         self.store.set(_key(self.rank), said)
 
@@ -237,10 +236,6 @@ class Watch:
 
 def _key(rank: int) -> str:
     return f"untaxed/watch/{rank}"
-
-
-def _with(beat: Beat, **change: Any) -> Beat:
-    return Beat(**(vars(beat) | change))
 
 
 def _parse(text: bytes) -> Beat:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from training import RECIPE
+from transformers import AutoConfig
 
 from pipeline.artifact import Artifact
 from pipeline.recipes import Execution, SftRecipe
@@ -19,7 +20,8 @@ SFT = SftRecipe.model_validate(RECIPE)
 
 def settled(tmp_path: Path, base: Artifact, execution: Execution, recipe: SftRecipe) -> object:
     context = Context(scratch=tmp_path, execution=execution, console=Console(quiet=True))
-    return settle(base, recipe, 1, 1024, "single", context).activation_checkpointing
+    config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
+    return settle(config, recipe, 1, 1024, "single", context).activation_checkpointing
 
 
 def test_it_is_off_where_all_fits(tmp_path: Path, base: Artifact) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from pipeline.artifact import Artifact
 from pipeline.model.build import build_model
-from pipeline.model.cut import cut_of
+from pipeline.model.geometry import cut_of
 from pipeline.recipes import AnchorLoss, Execution, SftRecipe
 from pipeline.train.batches import Documents
 from pipeline.train.loss import SftModule
@@ -145,5 +145,5 @@ def test_it_says_why_nothing_is_cut_off(
     change: dict[str, Any], config: dict[str, Any], words: str
 ) -> None:
     shapes = AutoConfig.for_model(**{"model_type": "llama", "num_hidden_layers": 6} | config)
-    cut, why = cut_of(shapes, SftRecipe.model_validate(RECIPE | change))
+    cut, why = cut_of(shapes.to_dict(), SftRecipe.model_validate(RECIPE | change))
     assert cut == 0 and words in why
