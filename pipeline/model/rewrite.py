@@ -26,7 +26,7 @@ from pipeline.model.merging import Plan
 from pipeline.model.shards import FLOATS, NARROW, Shard, as_bytes, as_tensor, read_shard, widened
 from pipeline.model.survival import Survival
 
-WAITING = 3  # blocks between the writer and the hashing thread
+WAITING = 1  # blocks between the writer and the hashing thread
 SEND_BYTES = 1 << 25  # to disk at a time, while the rest is still being written
 
 

@@ -74,8 +74,8 @@ def write_weights(
 
 
 def _at_once() -> int:
-    """Files at once: one more than processors, since at its end each waits for the disk."""
-    return min(len(os.sched_getaffinity(0)) + 1, MOST_AT_ONCE)
+    """Files at once: one more than processors is no faster and holds a file's blocks more."""
+    return min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
 
 
 @contextlib.contextmanager
