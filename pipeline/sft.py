@@ -23,6 +23,7 @@ from pipeline.artifact import Artifact
 from pipeline.data.packing import measure
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.model import lora, support
+from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.attention import PER_DOCUMENT
 from pipeline.model.build import DTYPES, build_model, check_dtypes
 from pipeline.model.geometry import ARCHITECTURES, cut_of
@@ -47,6 +48,7 @@ def run(
 ) -> dict[str, Any]:
     """Train; write ``epoch-N/`` (a PEFT adapter, or the whole model) and metrics.jsonl."""
     world, stop = context.world, StopRequests()
+    keep_freed_memory()
     world.be_patient(context.execution.collective_timeout_seconds)
     world.mark("loading the model")
     torch.manual_seed(recipe.seed * 1000003 + world.rank)

@@ -105,16 +105,18 @@ class Chat:
         return (think.strip(), answer.lstrip("\n")) if closed else (body.strip(), "")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text and no others; many at once are much faster than one by one.
+        """Token ids of each text and no others; many at once are much faster than one by one, and a
+        text that is there more than once (a refusal) is tokenised once.
 
         The first goes through transformers, which sets up the tokenizer below it; where transformers
         would do nothing else, that takes the others, without character offsets that nobody reads.
         """
         if not texts:
             return []
-        first, others = list(texts[:1]), list(texts[1:])
+        distinct = list(dict.fromkeys(texts))
+        first, others = distinct[:1], distinct[1:]
         if not _is_plain(self.tokenizer):
-            first, others = list(texts), []
+            first, others = distinct, []
         options = {"return_attention_mask": False, "return_token_type_ids": False}
         ids: list[list[int]] = self.tokenizer(first, add_special_tokens=False, **options)[
             "input_ids"
@@ -123,7 +125,8 @@ class Chat:
         if backend is not None:
             encoded = backend.encode_batch_fast(others, add_special_tokens=False)
             ids.extend(encoding.ids for encoding in encoded)
-        return ids
+        ids_of = dict(zip(distinct, ids, strict=True))
+        return [ids_of[text] for text in texts]
 
 
 def _is_plain(tokenizer: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
 from pipeline.recipes import SftRecipe
-from pipeline.train.engine import State, adamw, trainable
+from pipeline.train.engine import State, adamw, decoder_layers, trainable
 from pipeline.train.loss import SftModule
 from pipeline.train.replicated import MOMENTS
 
@@ -130,6 +130,9 @@ class ZeroEngine:
         self.parameters = trainable(module)
         optimizer = adamw(self.parameters.values(), recipe.optimizer)
         self.module = module
+        if self.stage == 3:
+            for layer in decoder_layers(module.model):
+                _gather_as_one(layer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config, dist_init_required=False
         )
@@ -236,6 +239,18 @@ class ZeroEngine:
         for held in self._inner().state.values():
             if "step" in held:
                 held["step"] = state["step"].clone()
+
+
+def _gather_as_one(module: nn.Module) -> None:
+    """Let stage 3 gather what is frozen as a whole with one call, not linear by linear: its hooks on a
+    module's parts cost more than the arithmetic of a small one."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    if any(p.requires_grad for p in module.parameters()):
+        for child in module.children():
+            _gather_as_one(child)
+    else:
+        set_z3_leaf_module(module, True)
 
 
 def _cpu(tensor: Tensor) -> Tensor:
