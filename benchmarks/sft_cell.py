@@ -57,7 +57,7 @@ def untaxed(spec: dict[str, Any], **execution: Any) -> dict[str, Any]:
     from pipeline import sft
     from pipeline.recipes import Execution, SftRecipe
     from pipeline.stage import Context, Solo
-    from pipeline.train.world import init_world
+    from pipeline.train.world import DistributedWorld, init_world
 
     world = init_world(always=spec["engine"] != "single", leave=sft.leave_for) or Solo()
     clock, losses = Clock(), []
@@ -91,6 +91,8 @@ def untaxed(spec: dict[str, Any], **execution: Any) -> dict[str, Any]:
     out = scratch / "out"
     out.mkdir(exist_ok=True)
     sft.run(SftRecipe.model_validate(spec["recipe"]), inputs, out, context)
+    if isinstance(world, DistributedWorld):
+        world.close()
     return clock.result(spec, losses)
 
 
@@ -260,6 +262,8 @@ def main() -> None:
     result = SYSTEMS[system](spec)
     rank = os.environ.get("RANK", "0")
     Path(spec["scratch"], f"result-{rank}.json").write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may outlive their group, and abort an orderly exit
 
 
 if __name__ == "__main__":
