@@ -102,7 +102,7 @@ def _render(path: Path, chat: Chat, max_length: int) -> tuple[list[dict[str, Any
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     """Rows refer to nothing that refers back, and looking for that in all of them again and again
-    would take a fifth of the time."""
+    would take up to a fifth of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pipeline.errors import RecipeError
 from pipeline.train.loss import SftModule
 
 if TYPE_CHECKING:
@@ -93,15 +92,6 @@ class GradientWatch:
     def never_moved(self, names: Iterable[str]) -> list[str]:
         """Names whose gradient has been zero or absent since the start."""
         return [n for n in names if n not in self.non_zero or not bool(self.non_zero[n])]
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a Hugging Face decoder."""
-    for module in model.modules():
-        layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList):
-            return list(layers)
-    raise RecipeError("this model has no list of decoder layers to shard")
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.errors import RecipeError
 from pipeline.recipes import SftRecipe
-from pipeline.train.engine import decoder_layers, trainable
+from pipeline.train.engine import trainable
 from pipeline.train.loss import SftModule
 from pipeline.train.replicated import ReplicatedEngine, move_adapters
 from pipeline.train.world import device
@@ -52,6 +53,15 @@ class FsdpEngine(ReplicatedEngine):
         move_adapters(module)
         self.module = module
         self._prepare(module, recipe)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a Hugging Face decoder."""
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList):
+            return list(layers)
+    raise RecipeError("engine fsdp: this model has no list of decoder layers to shard")
 
 
 def _inside(layer: nn.Module, parameters: set[nn.Parameter]) -> set[nn.Parameter]:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
+from pipeline.model.geometry import ARCHITECTURES
 from pipeline.recipes import SftRecipe
-from pipeline.train.engine import State, adamw, decoder_layers, trainable
+from pipeline.train.engine import State, adamw, trainable
 from pipeline.train.loss import SftModule
 from pipeline.train.replicated import MOMENTS
 
@@ -130,8 +131,9 @@ class ZeroEngine:
         self.parameters = trainable(module)
         optimizer = adamw(self.parameters.values(), recipe.optimizer)
         self.module = module
-        if self.stage == 3:
-            for layer in decoder_layers(module.model):
+        # in any other architecture a part may be run without being called, which no hook would see
+        if self.stage == 3 and module.model.config.model_type in ARCHITECTURES:
+            for layer in module.model.model.layers:
                 _gather_as_one(layer)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config, dist_init_required=False
