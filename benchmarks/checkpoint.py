@@ -46,10 +46,9 @@ def cell(path: Path) -> None:
     from pipeline.recipes import Execution
     from pipeline.stage import Context
     from pipeline.train.checkpoint import Checkpoints
-    from pipeline.train.world import init_world
 
     spec = json.loads(path.read_text())
-    world = init_world(always=True, leave=sft.leave_for)
+    world = sft.join(always=True)
     assert world is not None
     stage = plan_job(load_job(Path(spec["job"])), Workspace(Path(spec["runs"])), adopt=False)["sft"]
     ends: list[float] = []

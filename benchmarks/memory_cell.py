@@ -28,7 +28,7 @@ from pipeline.model.attention import choose
 from pipeline.recipes import Execution, SftRecipe
 from pipeline.stage import Context, Solo
 from pipeline.train.loop import Trainer
-from pipeline.train.world import device, init_world
+from pipeline.train.world import device
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = torch.cuda.is_available()
@@ -59,7 +59,7 @@ def again() -> None:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
-    world = init_world(always=spec["engine"] != "single", leave=sft.leave_for) or Solo()
+    world = sft.join(always=spec["engine"] != "single") or Solo()
     is_zero = spec["engine"].startswith("zero")
     peaks = {"run": 0, "step": 0}
     train = Trainer.run

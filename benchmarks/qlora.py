@@ -107,10 +107,9 @@ def run_here(path: Path) -> None:
     from pipeline import sft
     from pipeline.recipes import SftRecipe
     from pipeline.stage import Context, Solo
-    from pipeline.train.world import init_world
 
     spec = json.loads(path.read_text())
-    world = init_world(always=spec["engine"] != "single", leave=sft.leave_for) or Solo()
+    world = sft.join(always=spec["engine"] != "single") or Solo()
     is_zero = spec["engine"].startswith("zero")
     out = Path(spec["scratch"]) / "out"
     out.mkdir(exist_ok=True)

@@ -57,9 +57,9 @@ def untaxed(spec: dict[str, Any], **execution: Any) -> dict[str, Any]:
     from pipeline import sft
     from pipeline.recipes import Execution, SftRecipe
     from pipeline.stage import Context, Solo
-    from pipeline.train.world import DistributedWorld, init_world
+    from pipeline.train.world import DistributedWorld
 
-    world = init_world(always=spec["engine"] != "single", leave=sft.leave_for) or Solo()
+    world = sft.join(always=spec["engine"] != "single") or Solo()
     clock, losses = Clock(), []
 
     class Timed(Context):

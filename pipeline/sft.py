@@ -48,7 +48,6 @@ def run(
 ) -> dict[str, Any]:
     """Train; write ``epoch-N/`` (a PEFT adapter, or the whole model) and metrics.jsonl."""
     world, stop = context.world, StopRequests()
-    keep_freed_memory()
     world.be_patient(context.execution.collective_timeout_seconds)
     world.mark("loading the model")
     torch.manual_seed(recipe.seed * 1000003 + world.rank)
@@ -227,6 +226,12 @@ def _facts(
     }
 
 
+def join(*, always: bool) -> DistributedWorld | None:
+    """Make this process one that trains: with the launcher's others, or (``always``) with itself."""
+    keep_freed_memory()
+    return init_world(always=always, leave=leave_for)
+
+
 def start(argv: list[str] | None = None) -> int:
     """The command line: join the launcher's processes, then run the stage."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -234,9 +239,7 @@ def start(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     options = arguments("sft").parse_args(argv)
     try:
-        world = init_world(
-            always=options.ds is not None or options.engine == "fsdp", leave=leave_for
-        )
+        world = join(always=options.ds is not None or options.engine == "fsdp")
     except UntaxedError as error:
         print(f"sft: {one_line(error)}", file=sys.stderr, flush=True)
         return error.exit_code
