@@ -221,7 +221,7 @@ def seal(
     seconds: float,
     hashed: Mapping[str, Hashed] | None = None,
 ) -> Artifact:
-    """Hash ``staging``, write its manifest last and rename it to ``final`` in one step.
+    """Hash ``staging``, force it to disk, write its manifest last and rename it to ``final`` in one step.
 
     ``hashed``: what the stage has hashed itself; it is not read again.
     """
@@ -243,13 +243,14 @@ def seal(
     for path in staging.rglob("*"):
         if path.is_file() and path.stat().st_nlink == 1:  # a link is somebody's own file
             path.chmod(0o444)
+            _sync(path)
     files.write_stamps(staging, {name: one.stamp for name, one in found.items()})
     text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True, allow_nan=False)
     write_atomic(staging / MANIFEST, text + "\n")
     if final.exists():
         move_aside(final)
     os.rename(staging, final)
-    _sync_folder(final.parent)
+    _sync(final.parent)
     return Artifact(final, manifest)
 
 
@@ -277,8 +278,9 @@ def write_atomic(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

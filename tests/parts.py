@@ -53,7 +53,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_model(folder: Path, architecture: str = "llama", seed: int = 0, **shape: Any) -> None:
-    """A random decoder of ``architecture`` (llama, qwen2, qwen3, mistral) in fp32."""
+    """A random decoder of ``architecture`` (llama, qwen2, qwen3, mistral, ...) in fp32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

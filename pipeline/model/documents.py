@@ -1,7 +1,8 @@
 """Attention of the documents of a pack on a CPU: short ones together, padded; long ones one by one.
 
 Each call of a kernel costs more than the arithmetic of a short document, and PyTorch's backward for
-CPUs is slower than plain matrix products, so short documents of like lengths are one batch.
+CPUs is slower than plain matrix products, so short documents of like lengths are one batch, and
+longer ones go backward in blocks; above ``LONG`` tokens the kernel wins.
 
 Chats of one template begin alike. A causal model gives the tokens that all documents begin with the
 same states in each of them, so a pack can hold them once, before the documents, which all see them.
@@ -15,7 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SHORT = 192  # tokens
+SHORT, LONG = 192, 767  # tokens; the kernel takes larger blocks from 768 on
+BLOCK = 128  # queries
 ALIKE = 0.7  # of the longest one's length, at least, to be padded to it
 
 Span = tuple[int, int]
@@ -166,6 +168,25 @@ class Alone:
         by: Three,
     ) -> Tensor | float:
         a, b = self.span
+        passes = self._by_kernel if self.shared + b - a > LONG else self._by_blocks
+        by_keys = passes(qkv, scale, output, sums, by_output, by[0])
+        for target, rows in zip(by[1:], by_keys, strict=True):
+            target[a:b] = rows[self.shared :]
+        return (
+            torch.stack([rows[: self.shared].float() for rows in by_keys]) if self.shared else 0.0
+        )
+
+    def _by_kernel(
+        self,
+        qkv: Three,
+        scale: float,
+        output: Tensor,
+        sums: Tensor,
+        by_output: Tensor,
+        by_q: Tensor,
+    ) -> list[Tensor]:
+        """Writes the rows of ``by_q``; returns the gradients by k and v, [S + L, G, C] each."""
+        a, b = self.span
         q, k, v = (self._whole(t) for t in qkv)
         groups = k.shape[1]
         shared_by = [
@@ -174,7 +195,7 @@ class Alone:
         ]
         incoming, result = (t.transpose(0, 1)[None] for t in shared_by)
         repeated = (t.repeat_interleave(q.shape[1] // groups, dim=1) for t in (k, v))
-        by_q, *by_kv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, *by_keys = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             incoming,
             q,
             *repeated,
@@ -184,16 +205,51 @@ class Alone:
             True,
             scale=scale,
         )
-        by[0][a:b] = by_q[0, :, self.shared :].transpose(0, 1)
-        totals = []
-        for target, gradient in zip(by[1:], by_kv, strict=True):
-            rows = gradient[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1)
-            target[a:b] = rows[self.shared :]
-            totals.append(rows[: self.shared].float())
-        return torch.stack(totals) if self.shared else 0.0
+        by_q[a:b] = gradient[0, :, self.shared :].transpose(0, 1)
+        return [t[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1) for t in by_keys]
+
+    def _by_blocks(
+        self,
+        qkv: Three,
+        scale: float,
+        output: Tensor,
+        sums: Tensor,
+        by_output: Tensor,
+        by_q: Tensor,
+    ) -> list[Tensor]:
+        """The same, by a block of queries at a time against all keys up to its end. Scores, softmax
+        and sums over blocks are fp32."""
+        k, v = (self._whole(t)[0].contiguous() for t in qkv[1:])
+        exact, groups = k.float(), len(k)
+        by_k, by_v = torch.zeros_like(exact), torch.zeros_like(exact)
+        start, end = self.span
+        for a in range(start, end, BLOCK):
+            b = min(a + BLOCK, end)
+            seen = slice(0, self.shared + b - start)
+            q, by_o, total = (
+                _by_group(t[a:b], groups) for t in (qkv[0], by_output, sums[:, :, None])
+            )
+            p = torch.bmm(q.float(), exact[:, seen].transpose(1, 2)).mul_(scale).sub_(total)
+            later = torch.full((b - a, b - a), -torch.inf).triu_(1)
+            p.view(groups, -1, b - a, p.shape[2])[..., seen.stop - (b - a) :].add_(later)
+            low = p.exp_().to(q.dtype)
+            by_v[:, seen] += torch.bmm(low.transpose(1, 2), by_o)
+            by_p = torch.bmm(by_o, v[:, seen].transpose(1, 2)).float()
+            by_scores = torch._softmax_backward_data(by_p, p, -1, torch.float32)
+            by_scores = by_scores.mul_(scale).to(q.dtype)
+            rows = torch.bmm(by_scores, k[:, seen]).view(groups, -1, b - a, k.shape[2])
+            by_q[a:b] = rows.permute(2, 0, 1, 3).reshape(by_q[a:b].shape)
+            by_k[:, seen] += torch.bmm(by_scores.transpose(1, 2), q)
+        return [by_k.transpose(0, 1), by_v.transpose(0, 1)]
 
     def _whole(self, t: Tensor) -> Tensor:
         """[1, H, S + L, C]: the shared rows and its own."""
         a, b = self.span
         rows = torch.cat([t[: self.shared], t[a:b]]) if self.shared else t[a:b]
         return rows.transpose(0, 1)[None]
+
+
+def _by_group(rows: Tensor, groups: int) -> Tensor:
+    """[L, H, C] -> [G, (H / G) L, C]: the queries that look at the same keys."""
+    split = rows.view(len(rows), groups, -1, rows.shape[2]).permute(1, 2, 0, 3)
+    return split.reshape(groups, -1, rows.shape[2])

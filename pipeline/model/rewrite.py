@@ -100,7 +100,7 @@ def rewrite(
     load_dtype: torch.dtype | None = None,
     sha256: str | None = None,
 ) -> Rewritten:
-    """Write ``source`` with the plan's updates to ``target``, and force it to disk.
+    """Write ``source`` with the plan's updates to ``target``; sealing forces it to disk.
 
     ``target`` must not exist: an existing file may be a hard link to a sealed one. ``widen`` makes
     16-bit floats F32. ``load_dtype``: what loading casts to (None: nothing). ``sha256``: what the
@@ -131,7 +131,6 @@ def rewrite(
             (one.copy if back.dtype == source.entries[name].dtype else one.widen)(name)
             found.unchanged += 1
             found.unchanged_bytes += back.size_bytes
-        os.fsync(file.fileno())
         found.sha256, *of_source = [hasher.close() for hasher in hashers]
     if of_source and of_source != [sha256]:
         raise DataError(

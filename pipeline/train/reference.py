@@ -7,14 +7,15 @@ the base. And the start-up probe: packed documents must predict what they predic
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pipeline.data.packing import share
+from pipeline.data.packing import Pack, share
 from pipeline.errors import UntaxedError
-from pipeline.train.batches import Documents
+from pipeline.train.batches import Documents, MicroBatch
 from pipeline.train.cache_place import digest_of
 from pipeline.train.engine import Engine
 from pipeline.train.loop import set_dropout
@@ -25,6 +26,7 @@ from pipeline.train.world import device, gather_objects
 if TYPE_CHECKING:
     from pipeline.stage import Context
 
+PROBE_ROWS = 8
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -96,7 +98,7 @@ def probe_isolation(engine: Engine, documents: Documents, dtype: torch.dtype) ->
     """
     order = sorted(range(len(documents)), key=lambda d: documents.lengths[d])[:3]
     packed, *alone = (
-        engine.forward(documents.micro_batch(pack).to(device()), want="logits")[0]
+        engine.forward(_some_rows(documents, pack).to(device()), want="logits")[0]
         for pack in (order, *([d] for d in order))
     )
     expected = torch.cat(alone)
@@ -107,3 +109,17 @@ def probe_isolation(engine: Engine, documents: Documents, dtype: torch.dtype) ->
             f" by {difference:.3g}, allowed {PROBE_TOLERANCE[dtype]:g}); nothing was trained"
         )
     return difference
+
+
+def _some_rows(documents: Documents, pack: Pack) -> MicroBatch:
+    """``pack`` with ``PROBE_ROWS`` predictions of each document, from the first to the last: a row of
+    logits is as large as the vocabulary."""
+    batch = documents.micro_batch(pack)
+    rows, start = [], 0
+    for d in pack:
+        count = int(documents.trained_of(d).sum())
+        rows.append(torch.linspace(start, start + count - 1, min(count, PROBE_ROWS)).long())
+        start += count
+    at = torch.cat(rows)
+    names = ("predict", "labels", "weights", "reference")
+    return replace(batch, **{name: getattr(batch, name)[at] for name in names})

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.model.attention import VARLEN, borders, per_document, varlen
-from pipeline.model.documents import SHORT
+from pipeline.model.documents import LONG, SHORT
 from pipeline.model.lora import LoraLinear
 from pipeline.train.batches import MicroBatch
 from pipeline.train.loss import SftModule
 
+SHARED = 11
 PACKS = {
     "one": [40],
     "several": [1, 7, 64, 33],
     "around the border": [SHORT - 1, SHORT, SHORT + 1],
     "long and short": [300, 5, 210],
+    "longer than blocks": [LONG - SHARED, LONG + 1],
 }
-SHARED = 11
 
 
 def inputs(lengths: list[int], heads: int, key_heads: int, dtype: torch.dtype) -> list[Tensor]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parts import adopt_folder, make_model, make_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
-from training import RECIPE, ROOT, Launch, losses
+from training import RECIPE, ROOT, Launch, losses, make_pack, train
 
 from pipeline import sft
 from pipeline.artifact import Artifact
@@ -97,6 +98,23 @@ def test_two_processes_take_the_same_reference_to_the_bit(folder: Path, engine: 
     (expected,) = (folder / "kl" / "cache").glob("reference-*/rows.bin")
     (got,) = (folder / "kl" / engine / "scratch" / "cache").glob("reference-*/rows.bin")
     assert got.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.distributed
+def test_an_architecture_that_is_not_known_trains_alike(tmp_path: Path, launch: Launch) -> None:
+    """Nothing is cut off there, and which of its parts are called is anybody's guess."""
+    make_model(tmp_path / "model", "olmo2")
+    make_tokenizer(tmp_path / "model")
+    base = adopt_folder(tmp_path / "runs", tmp_path / "model")
+    inputs = {"base": base, "pack": make_pack(tmp_path / "runs", base, epochs=2)}
+    recipe = RECIPE | {"epochs": 2}
+    names = ("fsdp", "zero3")
+    runs = [{"out": str(tmp_path / name), "recipe": recipe, **ENGINES[name]} for name in names]
+    launch(runs, inputs, tmp_path)
+    expected = losses(train(tmp_path / "single", inputs, recipe, tmp_path / "cache"))
+    for name in names:
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+    assert expected[-1] < 0.9 * expected[0]
 
 
 def test_full_fine_tuning_in_bf16_is_close_to_fp32(
