@@ -1,6 +1,7 @@
 """Training side by side: this project, TRL's SFTTrainer and a plain Hugging Face + PEFT loop.
 
 python benchmarks/sft.py --json FILE [--rounds 5] [--launch one zero3x2 fsdpx2] [--rows refusals star1]
+    [--systems untaxed plain ...]
 
 Same model (SmolLM2-135M-Instruct), rows, LoRA (rank 1, up_proj, middle third), optimiser and bf16. A
 run is ten epochs of one step of about 1,000 tokens a process; no token is padding. "Steady" is epoch
@@ -200,6 +201,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--launch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     options.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
+    options.add_argument("--systems", nargs="+", choices=SYSTEMS["one"], default=SYSTEMS["one"])
     given = options.parse_args()
     data = load(given.json)
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +222,7 @@ def run_group(
         given.json,
         data,
         given.rounds,
-        [f"{group}/{system}" for system in SYSTEMS[launch]],
+        [f"{group}/{system}" for system in SYSTEMS[launch] if system in given.systems],
         lambda name: measure(name.rpartition("/")[2], spec, LAUNCHES[launch][1]),
         report,
         lambda run: (
