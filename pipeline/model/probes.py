@@ -83,6 +83,14 @@ class _Lanes:
     ) -> None:
         self.reads, self.own = reads, frozenset(own)
         self.prompts, self.tokens = prompts, tokens
+        self.memory = torch.empty(0)
+
+    def block(self, weight: Tensor) -> Tensor:
+        """``weight`` in fp32, in memory that the next block gets as well: new memory costs as much as
+        multiplying by the block does."""
+        if self.memory.numel() < weight.numel():
+            self.memory = torch.empty(max(BLOCK_ELEMENTS, weight.numel()))
+        return self.memory[: weight.numel()].view(weight.shape).copy_(weight)
 
     def split(self, x: Tensor, name: str) -> list[tuple[Read, Tensor]]:
         """Each lane's weights and rows. A batch may be of all lanes, of the first, or of the rest."""
@@ -169,16 +177,17 @@ class _Linear:
         lanes = self.lanes.split(x, self.weight)
         # below the first layer that differs all lanes are alike: what one gives, the others have
         like = [next(n for n, lane in enumerate(lanes) if _same(lane, own)) for own in lanes]
-        blocks = []
+        # written in place: results that are kept between blocks would leave holes of their size
+        result = x.new_empty(*x.shape[:-1], self.rows)
+        parts = result.chunk(len(lanes))
         for start in range(0, self.rows, self.step):
             stop = min(start + self.step, self.rows)
-            done: dict[int, Tensor] = {}
             for read, numbers in groupby(sorted(set(like)), lambda n: lanes[n][0]):
-                weight = read(self.weight, start, stop).float()
-                done |= {n: nn.functional.linear(lanes[n][1], weight) for n in numbers}
-                del weight  # one block alive at a time
-            blocks.append(torch.cat([done[n] for n in like]))
-        result = torch.cat(blocks, -1)
+                weight = self.lanes.block(read(self.weight, start, stop))
+                for n in numbers:
+                    parts[n][..., start:stop] = nn.functional.linear(lanes[n][1], weight)
+        for part, n in zip(parts, like, strict=True):
+            part.copy_(parts[n])
         return result + self.lanes.reads[0](self.bias).float() if self.bias else result
 
 
