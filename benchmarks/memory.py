@@ -10,9 +10,8 @@ Measured is the high-water mark of what a process holds (on a CPU of resident pa
 allocated bytes) in the steps, less what it held before the model was loaded and after a tiny run of the
 same engine. FILE is written after each cell; the same command goes on where it was stopped.
 
-On a CPU glibc gives blocks of 128 KiB and more back when they are freed (MALLOC_MMAP_THRESHOLD_): with
-its defaults freed blocks of up to 32 MB stay in the process, which is no need of the training;
---default-malloc shows it.
+On a CPU training keeps freed blocks in the process (pipeline/model/allocator.py), which is no need of
+it: here glibc gives those of 128 KiB and more back (MALLOC_MMAP_THRESHOLD_); --default-malloc does not.
 """
 
 from __future__ import annotations
