@@ -207,6 +207,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind in given.rows:
             for launch in given.launch:
+                if not set(SYSTEMS[launch]) & set(given.systems):
+                    continue
                 group = f"{kind}/{launch}"
                 spec = prepare(kind, launch, Path(folder) / group.replace("/", "-"))
                 run_group(group, spec, given, data)

@@ -62,7 +62,10 @@ def stop_once(command: list[str], runs: Path, random_: random.Random) -> float:
             code = child.wait(WAIT_SECONDS)
             seconds = time.monotonic() - began
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            if child.poll() is None:  # its ranks are in sessions of their own: it ends them
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(WAIT_SECONDS)
                 child.kill()
     if code != 143 or not checkpoints(runs) - before:
         raise SystemExit(f"exit code {code} of 143; said:\n{log.read_text()[-3000:]}")
@@ -83,7 +86,7 @@ def main() -> None:
             runs = Path(folder)
             link_inputs(given.runs, given.job, runs)
             command = [sys.executable, "-m", "pipeline.cli", "run", "--runs", str(runs)]
-            command += ["--job", str(given.job), "--nproc", "2", "--engine", engine]
+            command += ["--job", str(given.job.resolve()), "--nproc", "2", "--engine", engine]
             command += ["--set", f"execution.checkpoint_seconds={EVERY}"]
             times: list[float] = []
             for number in range(given.times):

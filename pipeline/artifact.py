@@ -243,14 +243,15 @@ def seal(
     for path in staging.rglob("*"):
         if path.is_file() and path.stat().st_nlink == 1:  # a link is somebody's own file
             path.chmod(0o444)
-            _sync(path)
+        _sync(path)
     files.write_stamps(staging, {name: one.stamp for name, one in found.items()})
     text = json.dumps(manifest.model_dump(), indent=1, sort_keys=True, allow_nan=False)
     write_atomic(staging / MANIFEST, text + "\n")
     if final.exists():
         move_aside(final)
     os.rename(staging, final)
-    _sync(final.parent)
+    for folder in (final, final.parent):
+        _sync(folder)
     return Artifact(final, manifest)
 
 

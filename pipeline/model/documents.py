@@ -144,7 +144,8 @@ class Together:
 
 
 class Alone:
-    """One long document by PyTorch's kernel, which never holds all scores."""
+    """One long document: forward, and above ``LONG`` tokens backward, by PyTorch's kernel, which never
+    holds all scores."""
 
     def __init__(self, shared: int, span: Span) -> None:
         self.shared, self.span = shared, span

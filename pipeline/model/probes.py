@@ -59,8 +59,8 @@ def probe_lanes(
     """``probe_logits`` of several models that differ in the weights ``own`` alone, in one run: every
     other weight is read once, from the first. The adapter is applied to the first of them.
 
-    Each lane goes through a layer by itself, in the shapes that it has alone. Raises Unsuited where
-    a weight of ``own`` is not that of a plain linear layer.
+    Each lane that differs goes through a layer by itself, in the shapes that it has alone. Raises
+    Unsuited where a weight of ``own`` is not that of a plain linear layer.
     """
     lanes = _Lanes(reads, own, *token_ids.shape)
     model = _skeleton(folder)

@@ -42,7 +42,10 @@ def faults(how: str, **environment: str) -> int:
 
 @needs_glibc
 def test_a_block_of_the_next_step_finds_its_pages_ready() -> None:
-    assert faults("keep") < 0.3 * faults("default")
+    default = faults("default")
+    if default < TIMES * BYTES / os.sysconf("SC_PAGE_SIZE") / 2:
+        pytest.skip("huge pages: the kernel makes many ready at once")
+    assert faults("keep") < 0.3 * default
 
 
 @needs_glibc
