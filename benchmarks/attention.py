@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.attention import per_document
 
 HEADS, KEY_HEADS, CHANNELS = 9, 3, 64
@@ -137,6 +138,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     given = options.parse_args()
+    keep_freed_memory()  # as training does
     tables: dict[str, dict[int, dict[str, float]]] = {}
     for title, ways, passes in (
         ("forward and backward", WAYS, both_passes),
