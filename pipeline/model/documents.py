@@ -95,8 +95,8 @@ class Together:
         q, k, v = self._batches(*qkv)
         groups, heads = len(k) // self.count, q.shape[1] // self.length
         incoming = by_output.index_select(0, self.queries).masked_fill_(self.padded, 0.0)
-        by_o = self._batch(incoming, self.length, groups)
-        total = self._batch(sums.index_select(0, self.queries)[:, :, None], self.length, groups)
+        by_o = _by_group(incoming, self.count, groups)
+        total = _by_group(sums.index_select(0, self.queries)[:, :, None], self.count, groups)
         p = self._scores(q, k, scale).sub_(total).exp_()
         by_v = torch.bmm(p.to(q.dtype).transpose(1, 2), by_o)
         by_p = torch.bmm(by_o, v.transpose(1, 2))
@@ -115,17 +115,9 @@ class Together:
     def _batches(self, q: Tensor, k: Tensor, v: Tensor) -> Three:
         """q [D G, (H / G) L, C]; k and v [D G, S + L, C]."""
         groups = k.shape[1]
-        own = self._batch(q.index_select(0, self.queries), self.length, groups)
-        keys = (
-            self._batch(t.index_select(0, self.keys), self.shared + self.length, groups)
-            for t in (k, v)
-        )
+        own = _by_group(q.index_select(0, self.queries), self.count, groups)
+        keys = (_by_group(t.index_select(0, self.keys), self.count, groups) for t in (k, v))
         return own, *keys  # type: ignore[return-value]
-
-    def _batch(self, rows: Tensor, length: int, groups: int) -> Tensor:
-        size = rows.shape[2]
-        split = rows.view(self.count, length, groups, -1, size).permute(0, 2, 3, 1, 4)
-        return split.reshape(self.count * groups, -1, size)
 
     def _write(self, target: Tensor, batch: Tensor, heads: int) -> None:
         """The real rows of ``batch`` [D G, heads x L, C] into ``target`` [T, H, C]."""
@@ -169,8 +161,10 @@ class Alone:
         by: Three,
     ) -> Tensor | float:
         a, b = self.span
-        passes = self._by_kernel if self.shared + b - a > LONG else self._by_blocks
-        by_keys = passes(qkv, scale, output, sums, by_output, by[0])
+        if self.shared + b - a > LONG:
+            by_keys = self._by_kernel(qkv, scale, output, sums, by_output, by[0])
+        else:
+            by_keys = self._by_blocks(qkv, scale, sums, by_output, by[0])
         for target, rows in zip(by[1:], by_keys, strict=True):
             target[a:b] = rows[self.shared :]
         return (
@@ -210,13 +204,7 @@ class Alone:
         return [t[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1) for t in by_keys]
 
     def _by_blocks(
-        self,
-        qkv: Three,
-        scale: float,
-        output: Tensor,
-        sums: Tensor,
-        by_output: Tensor,
-        by_q: Tensor,
+        self, qkv: Three, scale: float, sums: Tensor, by_output: Tensor, by_q: Tensor
     ) -> list[Tensor]:
         """The same, by a block of queries at a time against all keys up to its end. Scores, softmax
         and sums over blocks are fp32."""
@@ -228,7 +216,7 @@ class Alone:
             b = min(a + BLOCK, end)
             seen = slice(0, self.shared + b - start)
             q, by_o, total = (
-                _by_group(t[a:b], groups) for t in (qkv[0], by_output, sums[:, :, None])
+                _by_group(t[a:b], 1, groups) for t in (qkv[0], by_output, sums[:, :, None])
             )
             p = torch.bmm(q.float(), exact[:, seen].transpose(1, 2)).mul_(scale).sub_(total)
             later = torch.full((b - a, b - a), -torch.inf).triu_(1)
@@ -250,7 +238,7 @@ class Alone:
         return rows.transpose(0, 1)[None]
 
 
-def _by_group(rows: Tensor, groups: int) -> Tensor:
-    """[L, H, C] -> [G, (H / G) L, C]: the queries that look at the same keys."""
-    split = rows.view(len(rows), groups, -1, rows.shape[2]).permute(1, 2, 0, 3)
-    return split.reshape(groups, -1, rows.shape[2])
+def _by_group(rows: Tensor, count: int, groups: int) -> Tensor:
+    """[D L, H, C] of ``count`` documents -> [D G, (H / G) L, C]: the queries that look at the same keys."""
+    split = rows.view(count, len(rows) // count, groups, -1, rows.shape[2]).permute(0, 2, 3, 1, 4)
+    return split.reshape(count * groups, -1, rows.shape[2])
