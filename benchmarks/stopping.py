@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def stop_once(command: list[str], runs: Path, random_: random.Random) -> float:
                     raise SystemExit(f"no checkpoint was written; said:\n{log.read_text()[-3000:]}")
                 time.sleep(0.02)
             time.sleep(random_.uniform(0.0, EVERY))
-            before, began = checkpoints(runs), time.monotonic()
+            began = time.monotonic()
             child.send_signal(signal.SIGTERM)
             code = child.wait(WAIT_SECONDS)
             seconds = time.monotonic() - began
@@ -67,8 +68,12 @@ def stop_once(command: list[str], runs: Path, random_: random.Random) -> float:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(WAIT_SECONDS)
                 child.kill()
-    if code != 143 or not checkpoints(runs) - before:
-        raise SystemExit(f"exit code {code} of 143; said:\n{log.read_text()[-3000:]}")
+    said = log.read_text()
+    last = re.search(r"stopped on request after step (\d+)", " ".join(said.split()))
+    if code != 143 or last is None:
+        raise SystemExit(f"exit code {code}, wanted 143; said:\n{said[-3000:]}")
+    if not any(name.startswith(f"checkpoint-{int(last[1]):08d}-") for name in checkpoints(runs)):
+        raise SystemExit(f"no checkpoint of step {last[1]}, the last; said:\n{said[-3000:]}")
     return seconds
 
 

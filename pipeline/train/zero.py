@@ -31,6 +31,7 @@ OWNED = {
     "fp16": "sft.precision",
     "torch_autocast": "sft.precision",
 }
+AT_ONCE = 2**24  # elements gathered by one call for a checkpoint
 MECHANISM = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "comms_logger"}
 
 
@@ -190,9 +191,53 @@ class ZeroEngine:
         return float(norm) if norm is not None else float("nan")
 
     def trainable_state(self) -> State:
-        from deepspeed.utils import safe_get_full_fp32_param
+        return self._whole(None)
 
-        return {n: _cpu(safe_get_full_fp32_param(p)) for n, p in self.parameters.items()}
+    def _whole(self, moment: str | None) -> State:
+        """Every trainable parameter, or that moment of it."""
+        from deepspeed import utils
+
+        if self.stage == 3:
+            return self._gathered(moment)
+        if moment is None:
+            return {n: _cpu(utils.safe_get_full_fp32_param(p)) for n, p in self.parameters.items()}
+        full = utils.safe_get_full_optimizer_state
+        return {n: _cpu(full(p, moment)) for n, p in self.parameters.items()}
+
+    def _gathered(self, moment: str | None) -> State:
+        """The same at stage 3. DeepSpeed itself would gather one tensor at a time: of an adapter, many
+        messages of a few kilobytes."""
+        from deepspeed import utils
+
+        state: State = {}
+        for batch in self._batches():
+            if moment is None:
+                shards = [utils.safe_get_local_fp32_param(p) for p in batch.values()]
+            else:
+                shards = [utils.safe_get_local_optimizer_state(p, moment) for p in batch.values()]
+            own = torch.cat(shards).detach()
+            everyone = own.new_empty(self.world_size * len(own))
+            dist.all_gather_into_tensor(everyone, own)
+            ranks = everyone.view(self.world_size, -1)
+            columns = torch.split(ranks, [len(shard) for shard in shards], dim=1)
+            for name, rows in zip(batch, columns, strict=True):
+                shape: torch.Size = batch[name].ds_shape  # type: ignore[attr-defined]
+                flat = rows.reshape(-1)[: shape.numel()]  # the last shard ends in padding
+                state[name] = _cpu(flat.view(shape))
+        return state
+
+    def _batches(self) -> Iterator[dict[str, nn.Parameter]]:
+        """Of trainable parameters, in order: as many as have ``AT_ONCE`` elements, or a larger one."""
+        batch: dict[str, nn.Parameter] = {}
+        held = 0
+        for name, parameter in self.parameters.items():
+            size: int = parameter.ds_numel  # type: ignore[attr-defined]
+            if batch and held + size > AT_ONCE:
+                yield batch
+                batch, held = {}, 0
+            batch[name] = parameter
+            held += size
+        yield batch
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
@@ -208,12 +253,9 @@ class ZeroEngine:
                 parameter.data.copy_(state[name])
 
     def optimizer_state(self) -> State:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         state: State = {}
-        for name, parameter in self.parameters.items():
-            for moment in MOMENTS:
-                state[f"{moment}.{name}"] = _cpu(safe_get_full_optimizer_state(parameter, moment))
+        for moment in MOMENTS:
+            state |= {f"{moment}.{name}": whole for name, whole in self._whole(moment).items()}
         for held in self._inner().state.values():
             if "step" in held:
                 state["step"] = torch.as_tensor(held["step"], dtype=torch.float32).clone()
