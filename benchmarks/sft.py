@@ -1,11 +1,11 @@
 """Training side by side: this project, TRL's SFTTrainer and a plain Hugging Face + PEFT loop.
 
 python benchmarks/sft.py --json FILE [--rounds 5] [--launch one zero3x2 fsdpx2] [--rows refusals star1]
-    [--systems untaxed plain ...]
+    [--systems untaxed plain ...] [--steps 1]
 
 Same model (SmolLM2-135M-Instruct), rows, LoRA (rank 1, up_proj, middle third), optimiser and bf16. A
-run is ten epochs of one step of about 1,000 tokens a process; no token is padding. "Steady" is epoch
-2 on; the whole run includes what comes before the first step. A round runs every system once, in a
+run is ten epochs of ``--steps`` steps of about 1,000 tokens a process; no token is padding. "Steady" is
+epoch 2 on; the whole run includes what comes before the first step. A round runs every system once, in a
 new process, in turn (every other round backwards). On two processes TRL runs without checkpointing,
 where it is faster. In one process the project also runs with one of its measures taken away.
 FILE is written after each run; the same command goes on where it was stopped.
@@ -107,8 +107,8 @@ def fill_packs(rows: list[dict[str, Any]], packs: int) -> list[list[int]]:
         count -= 1
 
 
-def seal_pack(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """The rows as a sealed pack artifact of one step an epoch."""
+def seal_pack(folder: Path, rows: list[dict[str, Any]], epoch: list[list[int]]) -> Path:
+    """The rows as a sealed pack artifact; ``epoch``: the rows of each step."""
     from pipeline import artifact as art
     from pipeline import pack
 
@@ -116,7 +116,7 @@ def seal_pack(folder: Path, rows: list[dict[str, Any]]) -> Path:
     final = folder / "pack-benchmark"
     staging = art.stage_folder(final)
     pack.write_tokens(staging / "tokens.safetensors", documents, [])
-    (staging / "steps.json").write_text(json.dumps([[list(range(len(rows)))]] * EPOCHS))
+    (staging / "steps.json").write_text(json.dumps([epoch] * EPOCHS))
     names = {"train": [d["id"] for d in documents], "dev": []}
     (staging / "documents.json").write_text(json.dumps(names))
     sealed = art.seal(
@@ -133,12 +133,14 @@ def seal_pack(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return sealed.folder
 
 
-def prepare(kind: str, launch: str, folder: Path) -> dict[str, Any]:
+def prepare(kind: str, launch: str, steps: int, folder: Path) -> dict[str, Any]:
     """What one cell's runs share: base, rows, steps, recipe."""
     engine, processes = LAUNCHES[launch]
     folder.mkdir()
     rows = make_rows(kind, folder)
-    packs = fill_packs(rows, processes)
+    packs = fill_packs(rows, steps * processes)
+    turns = (packs[n : n + processes] for n in range(0, len(packs), processes))
+    epoch = [[row for pack in turn for row in pack] for turn in turns]
     chosen = rows[: sum(len(pack) for pack in packs)]
     documents = [{"input_ids": r["input_ids"], "labels": r["labels"]} for r in chosen]
     return {
@@ -146,9 +148,9 @@ def prepare(kind: str, launch: str, folder: Path) -> dict[str, Any]:
         "epochs": EPOCHS,
         "capacity": CAPACITY,
         "base": str(next(folder.glob("base-*"))),
-        "pack": str(seal_pack(folder, chosen)),
+        "pack": str(seal_pack(folder, chosen, epoch)),
         "ds": str(ROOT / "ds_configs" / "zero3.json"),
-        "recipe": RECIPE | {"batch": {"rows": len(chosen)}},
+        "recipe": RECIPE | {"batch": {"rows": len(chosen) // steps}},
         "documents": documents,
         "steps": packs,
         "tokens": sum(len(d["input_ids"]) for d in documents),
@@ -160,8 +162,9 @@ def measure(system: str, spec: dict[str, Any], processes: int) -> dict[str, Any]
     cell = [str(ROOT / "benchmarks" / "sft_cell.py"), system]
     ranks = run_ranks(cell, spec, processes)
     slowest = max(ranks, key=lambda rank: rank["seconds"])
-    if slowest["steps"] != EPOCHS:
-        raise SystemExit(f"{system}: {slowest['steps']} steps, wanted {EPOCHS}")
+    wanted = EPOCHS * len(spec["steps"]) // processes
+    if slowest["steps"] != wanted:
+        raise SystemExit(f"{system}: {slowest['steps']} steps, wanted {wanted}")
     tokens = spec["tokens"]
     return {
         "steady": tokens * (EPOCHS - 1) / slowest["later_seconds"],
@@ -202,6 +205,7 @@ def main() -> None:
     options.add_argument("--launch", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
     options.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS)
     options.add_argument("--systems", nargs="+", choices=SYSTEMS["one"], default=SYSTEMS["one"])
+    options.add_argument("--steps", type=int, default=1, help="an epoch")
     given = options.parse_args()
     data = load(given.json)
     with tempfile.TemporaryDirectory() as folder:
@@ -209,8 +213,10 @@ def main() -> None:
             for launch in given.launch:
                 if not set(SYSTEMS[launch]) & set(given.systems):
                     continue
-                group = f"{kind}/{launch}"
-                spec = prepare(kind, launch, Path(folder) / group.replace("/", "-"))
+                rows = kind if given.steps == 1 else f"{kind}-{given.steps}-steps"
+                group = f"{rows}/{launch}"
+                place = Path(folder) / group.replace("/", "-")
+                spec = prepare(kind, launch, given.steps, place)
                 run_group(group, spec, given, data)
     print_ratios(data)
 

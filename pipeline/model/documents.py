@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SHORT, LONG = 192, 767  # tokens; the kernel takes larger blocks from 768 on
+SHORT, LONG = 96, 767  # tokens; the kernel takes larger blocks from 768 on
 BLOCK = 128  # queries
 ALIKE = 0.7  # of the longest one's length, at least, to be padded to it
 
