@@ -174,7 +174,7 @@ def _save_epoch(
     context: Context,
 ) -> None:
     """Gather on all ranks, write on rank 0; a copy in scratch survives a crash of later epochs."""
-    state = engine.trainable_state()
+    state = engine.trainable_state(keep=context.world.rank == 0)
     if context.world.rank != 0:
         return
     folder = out / f"epoch-{number}"

@@ -1,15 +1,16 @@
-"""Where training stands, in a few megabytes: what is trained, the optimiser, RNG and position.
+"""Where training stands: what is trained, the optimiser, RNG and position.
 
-Frozen weights are never saved: the key of the run already fixes them. Tensors are whole (not
-sharded), so another world size or engine can go on.
+Of an adapter that is a few megabytes: rank 0 writes all, whole. Where a model is trained fully and
+sharded, every rank writes its own shards, and none ever holds all. From both another world size or
+engine can go on. Frozen weights are never saved: the key of the run already fixes them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.train.world import gather_objects
 
 KEEP = 2
 DAMAGE = (OSError, ValueError, KeyError, TypeError)
+LEAVING_SECONDS = 60.0  # for the other ranks' shards, once training is left
 
 
 @dataclass
@@ -44,53 +46,82 @@ class Checkpoints:
         self.folder, self.engine, self.rank = folder, engine, rank
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[None] | None = None
+        self.give_up_at = float("inf")
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.give_up_at = time.monotonic() + LEAVING_SECONDS
         self.thread.shutdown()
 
     def save(self, position: Position) -> None:
-        """Collective: gather on all ranks; rank 0 writes in a thread. An error of the last writing
-        is raised here."""
+        """Collective; files are written in a thread. An error of the last writing is raised here."""
         self.wait()
-        trainable = self.engine.trainable_state()
-        optimizer = self.engine.optimizer_state()
-        rngs = gather_objects(_rng_states())
-        if self.rank != 0:
+        final = self.folder / f"checkpoint-{position.step:08d}-{position.epochs:04d}"
+        wanted = self.rank == 0 and _make_room(final)
+        told = gather_objects((_rng_states(), wanted))
+        if not told[0][1]:
             return
-        tensors = {f"trainable.{k}": v for k, v in trainable.items()}
-        tensors |= {f"optimizer.{k}": v for k, v in optimizer.items()}
-        tensors |= {f"rng.{r}.{k}": v for r, states in enumerate(rngs) for k, v in states.items()}
-        meta = vars(position) | {"history": list(position.history), "world_size": len(rngs)}
-        self.pending = self.thread.submit(_write, self.folder, tensors, meta)
+        if self.engine.sharded:
+            tensors, shapes = self.engine.shards()
+            writers = len(told)
+        else:
+            tensors = {f"trainable.{k}": v for k, v in self.engine.trainable_state().items()}
+            tensors |= {f"optimizer.{k}": v for k, v in self.engine.optimizer_state().items()}
+            shapes, writers = {}, 1
+        if self.rank >= writers:
+            return
+        if self.rank == 0:
+            rngs = enumerate(states for states, _ in told)
+            tensors |= {f"rng.{r}.{k}": v for r, states in rngs for k, v in states.items()}
+        meta = vars(position) | {"history": list(position.history), "world_size": len(told)}
+        meta["shapes"] = shapes
+        self.pending = self.thread.submit(self._write, final, tensors, meta, writers)
 
     def wait(self) -> None:
         """Until the last checkpoint is on disk; raises what kept it from there."""
         if self.pending is not None:
             self.pending.result()
 
+    def _write(self, final: Path, tensors: State, meta: dict[str, Any], writers: int) -> None:
+        """This rank's file; on rank 0 the rest, when all files are there. Keeps the newest two."""
+        from safetensors.torch import save_file
 
-def _write(folder: Path, tensors: State, meta: dict[str, Any]) -> None:
-    """Atomically; keeps the newest two."""
-    from safetensors.torch import save_file
+        staging = _staging(final)
+        file = staging / f"state-{self.rank:05d}.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, file)
+        write_atomic(file.with_suffix(".sha256"), hash_file(file).sha256)
+        if self.rank != 0:
+            return
+        while len(hashes := sorted(staging.glob("state-*.sha256"))) < writers:
+            if time.monotonic() > self.give_up_at:
+                raise TimeoutError(f"{final}: only {len(hashes)} of {writers} ranks wrote theirs")
+            time.sleep(0.05)
+        files = {h.with_suffix(".safetensors").name: h.read_text(encoding="ascii") for h in hashes}
+        write_atomic(staging / "meta.json", json.dumps(meta | {"files": files}))
+        staging.rename(final)
+        for old in sorted(self.folder.glob("checkpoint-*"))[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
 
-    final = folder / f"checkpoint-{meta['step']:08d}-{meta['epochs']:04d}"
-    with contextlib.suppress(*DAMAGE):
-        _verified(final)
-        return  # a stop at the place of the last one; what is good is never touched
-    staging = folder / f".{final.name}.tmp"
+
+def _staging(final: Path) -> Path:
+    return final.with_name(f".{final.name}.tmp")
+
+
+def _make_room(final: Path) -> bool:
+    """Whether ``final`` is to be written; then all that stands in its way is gone."""
+    if final.exists():
+        try:
+            _verified(final)
+            return False  # a stop at the place of the last one; what is good is never touched
+        except DAMAGE:
+            pass
     # of a try that was killed, or found no room
-    for old in (final, *folder.glob(".checkpoint-*.tmp")):
+    for old in (final, *final.parent.glob(".checkpoint-*.tmp")):
         shutil.rmtree(old, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, staging / "state.safetensors")
-    sha256 = hash_file(staging / "state.safetensors").sha256
-    write_atomic(staging / "meta.json", json.dumps(meta | {"sha256": sha256}))
-    staging.rename(final)
-    for old in sorted(folder.glob("checkpoint-*"))[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    _staging(final).mkdir(parents=True)
+    return True
 
 
 def _rng_states() -> State:
@@ -114,26 +145,54 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
 def _verified(path: Path) -> dict[str, Any]:
     """The description of a whole checkpoint; one of DAMAGE for any other."""
     meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    if hash_file(path / "state.safetensors").sha256 != meta["sha256"]:
-        raise ValueError("its content does not match its hash")
-    return {name: meta[name] for name in ("step", "epochs", "history", "world_size")}
+    for name, sha256 in meta["files"].items():
+        if hash_file(path / name).sha256 != sha256:
+            raise ValueError(f"the content of {name} does not match its hash")
+    wanted = ("step", "epochs", "history", "world_size", "shapes", "files")
+    return {name: meta[name] for name in wanted}
 
 
 def restore(path: Path, engine: Engine, rank: int, world_size: int) -> Position:
-    """Put a checkpoint into the engine; RNG states only at the same world size."""
-    from safetensors.torch import load_file
-
-    meta = _verified(path)
-    state = load_file(path / "state.safetensors")
-    engine.load_trainable_state(_part(state, "trainable."))
-    engine.load_optimizer_state(_part(state, "optimizer."))
+    """Put a checkpoint that ``newest`` has chosen into the engine; RNG states only at the same world
+    size."""
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    files = [path / name for name in sorted(meta["files"])]
+    engine.load_trainable_state(_Tensors(files, "trainable.", meta["shapes"]))
+    engine.load_optimizer_state(_Tensors(files, "optimizer.", meta["shapes"]))
     if meta["world_size"] == world_size:
-        own = _part(state, f"rng.{rank}.")
+        own = _Tensors(files, f"rng.{rank}.", {})
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
     return Position(meta["step"], meta["epochs"], meta["history"])
 
 
-def _part(state: Mapping[str, Tensor], prefix: str) -> State:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of ``files`` whose names begin with ``prefix``, each read when it is asked for. One
+    that has a shape in ``shapes`` is the flat shards of all files, one after another, without what
+    follows its last element (ZeRO-3 pads)."""
+
+    def __init__(self, files: list[Path], prefix: str, shapes: Mapping[str, list[int]]) -> None:
+        from safetensors import safe_open
+
+        self.prefix, self.shapes = prefix, shapes
+        self.files: dict[str, list[Any]] = {}
+        for file in files:
+            opened = safe_open(file, framework="pt")
+            for name in opened.offset_keys():  # type: ignore[no-untyped-call]
+                if name.startswith(prefix):
+                    self.files.setdefault(name.removeprefix(prefix), []).append(opened)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [file.get_tensor(self.prefix + name) for file in self.files[name]]
+        if self.prefix + name not in self.shapes:
+            whole: Tensor = parts[0]
+            return whole
+        shape = torch.Size(self.shapes[self.prefix + name])
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)

@@ -44,8 +44,21 @@ class Engine(Protocol):
         finite nothing is updated."""
         ...
 
-    def trainable_state(self) -> State:
-        """Trainable tensors by name, whole, fp32, on CPU, on every rank."""
+    @property
+    def sharded(self) -> bool:
+        """Whether the trainable tensors are shared out among ranks, and too large to be put together
+        for every checkpoint."""
+        ...
+
+    def shards(self) -> tuple[State, dict[str, list[int]]]:
+        """This rank's part of the tensors of the two states below, as ``trainable.<name>`` and
+        ``optimizer.<name>``, flat, fp32, on CPU: the parts of all ranks, one after another, are the
+        whole and then padding. With the shape of each whole tensor. Only where ``sharded``."""
+        ...
+
+    def trainable_state(self, *, keep: bool = True) -> State:
+        """Trainable tensors by name, whole, fp32, on CPU, on every rank; on one without ``keep``, which
+        only takes part, none."""
         ...
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None: ...

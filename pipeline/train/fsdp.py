@@ -7,17 +7,18 @@ everything is sharded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
 from pipeline.recipes import SftRecipe
-from pipeline.train.engine import trainable
+from pipeline.train.engine import State, trainable
 from pipeline.train.loss import SftModule
-from pipeline.train.replicated import ReplicatedEngine, move_adapters
+from pipeline.train.replicated import MOMENTS, ReplicatedEngine, move_adapters
 from pipeline.train.world import device
 
 
@@ -51,8 +52,31 @@ class FsdpEngine(ReplicatedEngine):
                     if place.type == "cpu":
                         part.set_force_sum_reduction_for_comms(True)
         move_adapters(module)
-        self.module = module
+        self.module, self.sharded = module, full
         self._prepare(module, recipe)
+
+    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        # what the last forward pass left whole would be used again in the next one, as it was
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        super().load_trainable_state(state)
+
+    def shards(self) -> tuple[State, dict[str, list[int]]]:
+        state: State = {}
+        shapes: dict[str, list[int]] = {}
+        for name, parameter in self.parameters.items():
+            held = self.optimizer.state[parameter]
+            state["optimizer.step"] = held["step"].detach().clone().cpu()
+            for key, tensor in [("trainable", parameter)] + [
+                (f"optimizer.{m}", held[m]) for m in MOMENTS
+            ]:
+                own = tensor.detach().to_local().flatten()
+                state[f"{key}.{name}"] = own.to("cpu", torch.float32, copy=True)
+                shapes[f"{key}.{name}"] = list(tensor.shape)
+        return state, shapes
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

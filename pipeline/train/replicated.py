@@ -38,6 +38,7 @@ class ReplicatedEngine:
     """Engines ``single`` and ``ddp``; fsdp builds on it."""
 
     module: nn.Module
+    sharded = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -100,8 +101,16 @@ class ReplicatedEngine:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
 
-    def trainable_state(self) -> State:
-        return {name: _whole(p.detach()) for name, p in self.parameters.items()}
+    def shards(self) -> tuple[State, dict[str, list[int]]]:
+        raise NotImplementedError("every rank has all")
+
+    def trainable_state(self, *, keep: bool = True) -> State:
+        state: State = {}
+        for name, parameter in self.parameters.items():
+            whole = _whole(parameter.detach())
+            if keep:
+                state[name] = whole
+        return state
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

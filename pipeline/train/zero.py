@@ -130,6 +130,7 @@ class ZeroEngine:
         import deepspeed
 
         self.parameters = trainable(module)
+        self.sharded = self.stage == 3 and recipe.lora is None
         optimizer = adamw(self.parameters.values(), recipe.optimizer)
         self.module = module
         # in any other architecture a part may be run without being called, which no hook would see
@@ -190,34 +191,43 @@ class ZeroEngine:
         norm = self.optimizer._global_grad_norm
         return float(norm) if norm is not None else float("nan")
 
-    def trainable_state(self) -> State:
-        return self._whole(None)
+    def shards(self) -> tuple[State, dict[str, list[int]]]:
+        state: State = {"optimizer.step": self._steps_taken()}
+        shapes: dict[str, list[int]] = {}
+        for name, parameter in self.parameters.items():
+            for moment in (None, *MOMENTS):
+                key = f"optimizer.{moment}.{name}" if moment else f"trainable.{name}"
+                state[key] = _cpu(_shard(parameter, moment))
+                shapes[key] = list(parameter.ds_shape)  # type: ignore[attr-defined]
+        return state, shapes
 
-    def _whole(self, moment: str | None) -> State:
+    def trainable_state(self, *, keep: bool = True) -> State:
+        return self._whole(None, keep=keep)
+
+    def _whole(self, moment: str | None, *, keep: bool = True) -> State:
         """Every trainable parameter, or that moment of it."""
         from deepspeed import utils
 
         if self.stage == 3:
-            return self._gathered(moment)
+            return self._gathered(moment, keep=keep)
         if moment is None:
             return {n: _cpu(utils.safe_get_full_fp32_param(p)) for n, p in self.parameters.items()}
         full = utils.safe_get_full_optimizer_state
         return {n: _cpu(full(p, moment)) for n, p in self.parameters.items()}
 
-    def _gathered(self, moment: str | None) -> State:
+    def _gathered(self, moment: str | None, *, keep: bool) -> State:
         """The same at stage 3. DeepSpeed itself would gather one tensor at a time: of an adapter, many
         messages of a few kilobytes."""
-        from deepspeed import utils
+        from deepspeed import comm
 
         state: State = {}
         for batch in self._batches():
-            if moment is None:
-                shards = [utils.safe_get_local_fp32_param(p) for p in batch.values()]
-            else:
-                shards = [utils.safe_get_local_optimizer_state(p, moment) for p in batch.values()]
+            shards = [_shard(parameter, moment) for parameter in batch.values()]
             own = torch.cat(shards).detach()
             everyone = own.new_empty(self.world_size * len(own))
-            dist.all_gather_into_tensor(everyone, own)
+            comm.all_gather_into_tensor(everyone, own)
+            if not keep:
+                continue
             ranks = everyone.view(self.world_size, -1)
             columns = torch.split(ranks, [len(shard) for shard in shards], dim=1)
             for name, rows in zip(batch, columns, strict=True):
@@ -243,23 +253,23 @@ class ZeroEngine:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
         from deepspeed.utils import safe_set_full_fp32_param
 
-        parameters = list(self.parameters.values())
         for name, parameter in self.parameters.items():
-            safe_set_full_fp32_param(parameter, state[name])
-        # That is the optimiser's copy; the one that forward reads would only follow after a step.
-        sharded = parameters if self.stage == 3 else []
-        with torch.no_grad(), GatheredParameters(sharded, modifier_rank=0):
-            for name, parameter in self.parameters.items():
-                parameter.data.copy_(state[name])
+            value = state[name]
+            safe_set_full_fp32_param(parameter, value)
+            # That is the optimiser's copy; the one that forward reads would only follow after a step.
+            sharded = [parameter] if self.stage == 3 else []
+            with torch.no_grad(), GatheredParameters(sharded, modifier_rank=0):
+                parameter.data.copy_(value)
 
     def optimizer_state(self) -> State:
         state: State = {}
         for moment in MOMENTS:
             state |= {f"{moment}.{name}": whole for name, whole in self._whole(moment).items()}
-        for held in self._inner().state.values():
-            if "step" in held:
-                state["step"] = torch.as_tensor(held["step"], dtype=torch.float32).clone()
-        return state
+        return state | {"step": self._steps_taken()}
+
+    def _steps_taken(self) -> Tensor:
+        steps = [held["step"] for held in self._inner().state.values() if "step" in held]
+        return torch.as_tensor(steps[-1] if steps else 0, dtype=torch.float32).clone()
 
     def _allocate_moments(self) -> None:
         """What DeepSpeed would do in the first step."""
@@ -295,6 +305,17 @@ def _gather_as_one(module: nn.Module) -> None:
             _gather_as_one(child)
     else:
         set_z3_leaf_module(module, True)
+
+
+def _shard(parameter: nn.Parameter, moment: str | None) -> Tensor:
+    """What this rank holds at stage 3 of a trainable parameter, or of that moment of it; flat."""
+    from deepspeed import utils
+
+    if moment is None:
+        shard: Tensor = utils.safe_get_local_fp32_param(parameter)
+    else:
+        shard = utils.safe_get_local_optimizer_state(parameter, moment)
+    return shard
 
 
 def _cpu(tensor: Tensor) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from training import LORA, RECIPE, ROOT, Launch, losses
 
 from pipeline import sft
@@ -16,10 +20,13 @@ from pipeline.artifact import Artifact
 from pipeline.errors import UntaxedError
 from pipeline.recipes import Execution, SftRecipe
 from pipeline.stage import Context
+from pipeline.train import checkpoint
 from pipeline.train.replicated import ReplicatedEngine
 
 ADAPTER = "epoch-10/adapter_model.safetensors"
+MODEL = "epoch-10/model.safetensors"
 DROPOUT = RECIPE | {"lora": LORA | {"dropout": 0.1}}
+FULL = RECIPE | {"lora": None, "optimizer": {"learning_rate": 0.001}}
 
 
 def train(
@@ -81,7 +88,7 @@ def test_a_damaged_checkpoint_is_passed_over(
             train(RECIPE, inputs, tmp_path / "first", tmp_path / "scratch")
     checkpoints = sorted((tmp_path / "scratch").glob("checkpoint-*"))
     assert [c.name for c in checkpoints] == ["checkpoint-00000008-0003", "checkpoint-00000008-0004"]
-    state = checkpoints[-1] / "state.safetensors"
+    state = checkpoints[-1] / "state-00000.safetensors"
     damaged = bytearray(state.read_bytes())
     damaged[-1] ^= 1
     state.write_bytes(damaged)
@@ -101,6 +108,7 @@ ENGINES: dict[str, dict[str, str]] = {
 ONE_TO_TWO = ("fsdp", "zero2", "zero3")
 TWO_TO_TWO = (("zero3", "fsdp"), ("fsdp", "zero3"), ("ddp", "zero3"))
 TWO_TO_ONE = ("fsdp", "zero3")
+FULLY = (("zero3", "fsdp"), ("fsdp", "zero3"))
 BITWISE = ("fsdp", "zero3")
 STOP = "step 11"
 
@@ -129,13 +137,22 @@ def folder(
         add(f"{first}-to-{second}", f"scratch-{first}-{second}", second)
     for first in TWO_TO_ONE:
         add(f"stopped-{first}", f"scratch-{first}", first, stop_at=STOP)
+    for first, second in FULLY:
+        name = f"{first}-{second}-full"
+        add(f"stopped-{name}", f"scratch-{name}", first, recipe=FULL, stop_at=STOP)
+        add(f"{first}-to-{second}-full", f"scratch-{name}", second, recipe=FULL)
     for engine in BITWISE:
-        add(f"whole-{engine}", f"scratch-whole-{engine}", engine, recipe=DROPOUT)
-        add(f"first-{engine}", f"scratch-same-{engine}", engine, recipe=DROPOUT, stop_at=STOP)
-        add(f"same-{engine}", f"scratch-same-{engine}", engine, recipe=DROPOUT)
+        for recipe, name in ((DROPOUT, engine), (FULL, f"{engine}-full")):
+            add(f"whole-{name}", f"scratch-whole-{name}", engine, recipe=recipe)
+            add(f"first-{name}", f"scratch-same-{name}", engine, recipe=recipe, stop_at=STOP)
+            add(f"same-{name}", f"scratch-same-{name}", engine, recipe=recipe)
     launch(runs, inputs, folder)
     for first in TWO_TO_ONE:
         train(RECIPE, inputs, folder / f"{first}-to-one", folder / f"scratch-{first}")
+        scratch = folder / f"scratch-one-{first}-full"
+        shutil.copytree(folder / f"scratch-same-{first}-full", scratch)
+        train(FULL, inputs, folder / f"{first}-to-one-full", scratch)
+    train(FULL, inputs, folder / "whole-full", folder / "scratch-whole-full")
     return folder
 
 
@@ -144,21 +161,53 @@ def folder(
     "name",
     [f"one-to-{engine}" for engine in ONE_TO_TWO]
     + [f"{first}-to-{second}" for first, second in TWO_TO_TWO]
-    + [f"{first}-to-one" for first in TWO_TO_ONE],
+    + [f"{first}-to-{second}-full" for first, second in FULLY]
+    + [f"{first}-to-one{method}" for first in TWO_TO_ONE for method in ("", "-full")],
 )
 def test_another_world_or_engine_goes_on(folder: Path, name: str) -> None:
     """The same rows, and the same loss within 1e-5 (fp32, no dropout)."""
-    expected, got = losses(folder / "whole"), losses(folder / name)
+    whole = "whole-full" if name.endswith("-full") else "whole"
+    expected, got = losses(folder / whole), losses(folder / name)
     assert len(got) == len(expected) == 20
     assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
-    if not name.endswith("-to-one"):
+    if "-to-one" not in name:
         facts = json.loads((folder / name / "facts.json").read_text())
         assert facts["world_size"] == 2 and facts["steps"] == 20
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", BITWISE)
-def test_the_same_world_goes_on_bitwise_with_dropout(folder: Path, engine: str) -> None:
-    whole = (folder / f"whole-{engine}" / ADAPTER).read_bytes()
-    assert (folder / f"same-{engine}" / ADAPTER).read_bytes() == whole
-    assert losses(folder / f"same-{engine}") == losses(folder / f"whole-{engine}")
+@pytest.mark.parametrize(("method", "file"), [("", ADAPTER), ("-full", MODEL)])
+def test_the_same_world_goes_on_bitwise(folder: Path, engine: str, method: str, file: str) -> None:
+    """LoRA with dropout, and full fine-tuning."""
+    whole = (folder / f"whole-{engine}{method}" / file).read_bytes()
+    assert (folder / f"same-{engine}{method}" / file).read_bytes() == whole
+    assert losses(folder / f"same-{engine}{method}") == losses(folder / f"whole-{engine}{method}")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", BITWISE)
+def test_each_rank_keeps_its_own_shards_of_a_model_that_is_trained_fully(
+    folder: Path, engine: str
+) -> None:
+    (kept,) = (folder / f"scratch-same-{engine}-full").glob("checkpoint-*")
+    parts = [load_file(path) for path in sorted(kept.glob("*.safetensors"))]
+    model = load_file(folder / f"whole-{engine}-full" / MODEL)
+    assert len(parts) == 2
+    held = [sum(t.numel() for n, t in p.items() if not n.startswith("rng.")) for p in parts]
+    three = 3 * sum(t.numel() for t in model.values())  # weights and two moments
+    assert three <= sum(held) <= 1.01 * three
+    assert max(held) <= 0.55 * three
+
+
+def test_a_shard_that_does_not_come_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks the other one never writes."""
+    monkeypatch.setattr(checkpoint, "LEAVING_SECONDS", 0.2)
+    monkeypatch.setattr(checkpoint, "gather_objects", lambda mine: [mine, ({}, False)])
+    engine = SimpleNamespace(sharded=True, shards=lambda: ({"trainable.w": torch.ones(2)}, {}))
+    with checkpoint.Checkpoints(tmp_path, engine, 0) as checkpoints:
+        checkpoints.save(checkpoint.Position(1, 0, []))
+    assert isinstance(checkpoints.pending.exception(), TimeoutError)
+    assert checkpoint.newest(tmp_path, print) is None

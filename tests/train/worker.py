@@ -37,6 +37,7 @@ def main(spec_path: str) -> None:
         scratch = Path(run.get("scratch", out / "scratch"))
         if world.rank == 0:
             scratch.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
         world.barrier()
         context = Context(
             scratch=scratch,
