@@ -1,8 +1,8 @@
 """Attention of the documents of a pack on a CPU: short ones together, padded; long ones one by one.
 
-Each call of a kernel costs more than the arithmetic of a short document, and PyTorch's backward for
+Each call of a kernel costs more than the arithmetic of a short document, and PyTorch's attention for
 CPUs is slower than plain matrix products, so short documents of like lengths are one batch, and
-longer ones go backward in blocks; above ``LONG`` tokens the kernel wins.
+longer ones go in blocks of queries; above ``LONG`` tokens the kernel wins.
 
 Chats of one template begin alike. A causal model gives the tokens that all documents begin with the
 same states in each of them, so a pack can hold them once, before the documents, which all see them.
@@ -11,12 +11,13 @@ same states in each of them, so a pack can hold them once, before the documents,
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-SHORT, LONG = 96, 767  # tokens; the kernel takes larger blocks from 768 on
+SHORT, LONG = 192, 767  # tokens
 BLOCK = 128  # queries
 ALIKE = 0.7  # of the longest one's length, at least, to be padded to it
 
@@ -29,10 +30,10 @@ def documents_of(starts: tuple[int, ...]) -> list[Together | Alone]:
     """The parts of a pack. ``starts``: where each document begins, and T; what lies before the first
     is shared by all.
 
-    ``forward`` of a part writes its rows of ``output`` [T, H, C] and of ``sums``, the logarithm of
-    the sum of each query's exponentiated scores, float32 [T, H]. ``backward`` writes its rows of
-    ``by``, the gradients by q, k and v, and returns those by the shared rows of k and v, float32
-    [2, S, G, C], or 0 where nothing is shared.
+    ``forward`` of a part writes its rows of ``output`` [T, H, C], and above ``LONG`` tokens those of
+    ``sums``, the logarithm of the sum of each query's exponentiated scores, float32 [T, H].
+    ``backward`` writes its rows of ``by``, the gradients by q, k and v, and returns those by the
+    shared rows of k and v, float32 [2, S, G, C], or 0 where nothing is shared.
     """
     shared = starts[0]
     parts: list[Together | Alone] = [Alone(0, (0, shared))] if shared > SHORT else []
@@ -76,12 +77,8 @@ class Together:
 
     def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
         q, k, v = self._batches(*qkv)
-        heads = q.shape[1] // self.length
-        scores = self._scores(q, k, scale)
-        total = scores.logsumexp(-1, keepdim=True)
-        p = scores.sub_(total).exp_().to(q.dtype)
-        self._write(output, torch.bmm(p, v), heads)
-        self._write(sums[:, :, None], total, heads)
+        p = self._probabilities(q, k, scale).to(q.dtype)
+        self._write(output, torch.bmm(p, v), q.shape[1] // self.length)
 
     def backward(
         self,
@@ -96,8 +93,7 @@ class Together:
         groups, heads = len(k) // self.count, q.shape[1] // self.length
         incoming = by_output.index_select(0, self.queries).masked_fill_(self.padded, 0.0)
         by_o = _by_group(incoming, self.count, groups)
-        total = _by_group(sums.index_select(0, self.queries)[:, :, None], self.count, groups)
-        p = self._scores(q, k, scale).sub_(total).exp_()
+        p = self._probabilities(q, k, scale)
         by_v = torch.bmm(p.to(q.dtype).transpose(1, 2), by_o)
         by_p = torch.bmm(by_o, v.transpose(1, 2))
         by_scores = torch._softmax_backward_data(by_p.float(), p, -1, torch.float32)
@@ -107,10 +103,11 @@ class Together:
         totals = [self._write_keys(t, g) for t, g in zip(by[1:], (by_k, by_v), strict=True)]
         return torch.stack(totals) if self.shared else 0.0
 
-    def _scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        """float32 [D G, (H / G) L, S + L], -inf where hidden."""
+    def _probabilities(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """float32 [D G, (H / G) L, S + L], zero where hidden."""
         mask = self.mask.repeat(q.shape[1] // self.length, 1)
-        return torch.baddbmm(mask, q.float(), k.float().transpose(1, 2), alpha=scale)
+        scores = torch.baddbmm(mask, q.float(), k.float().transpose(1, 2), alpha=scale)
+        return torch.softmax(scores, -1)
 
     def _batches(self, q: Tensor, k: Tensor, v: Tensor) -> Three:
         """q [D G, (H / G) L, C]; k and v [D G, S + L, C]."""
@@ -136,20 +133,40 @@ class Together:
 
 
 class Alone:
-    """One long document: forward, and above ``LONG`` tokens backward, by PyTorch's kernel, which never
-    holds all scores."""
+    """One longer document: in blocks of queries, or above ``LONG`` tokens by PyTorch's kernel. Neither
+    ever holds all scores."""
 
     def __init__(self, shared: int, span: Span) -> None:
         self.shared, self.span = shared, span
+        self.by_kernel = shared + _length(span) > LONG
 
     def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
         a, b = self.span
+        if not self.by_kernel:
+            self._forward_by_blocks(qkv, scale, output)
+            return
         whole = (self._whole(t) for t in qkv)
         rows, totals = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *whole, 0.0, True, scale=scale
         )
         output[a:b] = rows[0, :, self.shared :].transpose(0, 1)
         sums[a:b] = totals[0, :, self.shared :].T
+
+    def _forward_by_blocks(self, qkv: Three, scale: float, output: Tensor) -> None:
+        k, v = (self._whole(t)[0].contiguous() for t in qkv[1:])
+        exact, groups = k.float(), len(k)
+        for a, b, seen in self._blocks():
+            q = _by_group(qkv[0][a:b], 1, groups)
+            p = _probabilities(q, exact[:, seen], b - a, scale).to(q.dtype)
+            rows = torch.bmm(p, v[:, seen]).view(groups, -1, b - a, v.shape[2])
+            output[a:b] = rows.permute(2, 0, 1, 3).reshape(output[a:b].shape)
+
+    def _blocks(self) -> Iterator[tuple[int, int, slice]]:
+        """Queries from where to where, and which of the document's keys they see."""
+        start, end = self.span
+        for a in range(start, end, BLOCK):
+            b = min(a + BLOCK, end)
+            yield a, b, slice(0, self.shared + b - start)
 
     def backward(
         self,
@@ -161,17 +178,17 @@ class Alone:
         by: Three,
     ) -> Tensor | float:
         a, b = self.span
-        if self.shared + b - a > LONG:
-            by_keys = self._by_kernel(qkv, scale, output, sums, by_output, by[0])
+        if self.by_kernel:
+            by_keys = self._backward_by_kernel(qkv, scale, output, sums, by_output, by[0])
         else:
-            by_keys = self._by_blocks(qkv, scale, sums, by_output, by[0])
+            by_keys = self._backward_by_blocks(qkv, scale, by_output, by[0])
         for target, rows in zip(by[1:], by_keys, strict=True):
             target[a:b] = rows[self.shared :]
         return (
             torch.stack([rows[: self.shared].float() for rows in by_keys]) if self.shared else 0.0
         )
 
-    def _by_kernel(
+    def _backward_by_kernel(
         self,
         qkv: Three,
         scale: float,
@@ -203,25 +220,17 @@ class Alone:
         by_q[a:b] = gradient[0, :, self.shared :].transpose(0, 1)
         return [t[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1) for t in by_keys]
 
-    def _by_blocks(
-        self, qkv: Three, scale: float, sums: Tensor, by_output: Tensor, by_q: Tensor
+    def _backward_by_blocks(
+        self, qkv: Three, scale: float, by_output: Tensor, by_q: Tensor
     ) -> list[Tensor]:
-        """The same, by a block of queries at a time against all keys up to its end. Scores, softmax
-        and sums over blocks are fp32."""
+        """The same. Scores, softmax and sums over blocks are fp32."""
         k, v = (self._whole(t)[0].contiguous() for t in qkv[1:])
         exact, groups = k.float(), len(k)
         by_k, by_v = torch.zeros_like(exact), torch.zeros_like(exact)
-        start, end = self.span
-        for a in range(start, end, BLOCK):
-            b = min(a + BLOCK, end)
-            seen = slice(0, self.shared + b - start)
-            q, by_o, total = (
-                _by_group(t[a:b], 1, groups) for t in (qkv[0], by_output, sums[:, :, None])
-            )
-            p = torch.bmm(q.float(), exact[:, seen].transpose(1, 2)).mul_(scale).sub_(total)
-            later = torch.full((b - a, b - a), -torch.inf).triu_(1)
-            p.view(groups, -1, b - a, p.shape[2])[..., seen.stop - (b - a) :].add_(later)
-            low = p.exp_().to(q.dtype)
+        for a, b, seen in self._blocks():
+            q, by_o = (_by_group(t[a:b], 1, groups) for t in (qkv[0], by_output))
+            p = _probabilities(q, exact[:, seen], b - a, scale)
+            low = p.to(q.dtype)
             by_v[:, seen] += torch.bmm(low.transpose(1, 2), by_o)
             by_p = torch.bmm(by_o, v[:, seen].transpose(1, 2)).float()
             by_scores = torch._softmax_backward_data(by_p, p, -1, torch.float32)
@@ -242,3 +251,12 @@ def _by_group(rows: Tensor, count: int, groups: int) -> Tensor:
     """[D L, H, C] of ``count`` documents -> [D G, (H / G) L, C]: the queries that look at the same keys."""
     split = rows.view(count, len(rows) // count, groups, -1, rows.shape[2]).permute(0, 2, 3, 1, 4)
     return split.reshape(count * groups, -1, rows.shape[2])
+
+
+def _probabilities(q: Tensor, keys: Tensor, count: int, scale: float) -> Tensor:
+    """Of ``count`` queries [G, (H / G) L, C] and float32 ``keys`` [G, K, C], the last of which are the
+    queries' own: float32 [G, (H / G) L, K]."""
+    scores = torch.bmm(q.float(), keys.transpose(1, 2)).mul_(scale)
+    later = torch.full((count, count), -torch.inf).triu_(1)
+    scores.view(len(q), -1, count, keys.shape[1])[..., -count:].add_(later)
+    return torch.softmax(scores, -1)
