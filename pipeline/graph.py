@@ -100,7 +100,7 @@ STAGES: dict[str, Stage] = {
             lambda j: PackStep(pack=j.pack, chat=j.chat, batch=j.sft.batch, epochs=j.sft.epochs),
             lambda j: ("base", _conversations(j)),
         ),
-        Stage("sft", 5, lambda j: j.sft, lambda j: ("base", "pack")),
+        Stage("sft", 6, lambda j: j.sft, lambda j: ("base", "pack")),
         Stage("merge", 3, lambda j: j.merge, lambda j: ("base", "sft")),
         Stage("baseline", 2, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
         Stage(

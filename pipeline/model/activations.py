@@ -19,16 +19,15 @@ BYTES = {"bf16": 2, "fp32": 4}
 class Row:
     """One micro-batch: ``tokens`` of one pack, ``dtype_bytes`` a number, and how attention is made.
 
-    ``masked``: PyTorch's own attention with a mask of T x T, in place of one call a document
-    (CPU) or FlashAttention (GPU), which keep no more than queries, keys, values and their sums.
-    ``linear_inputs``: ZeRO-3's own linear function keeps its input, whether its weight is trained or
-    not.
+    ``masked``: PyTorch's own attention with a mask of T x T, in place of attention by document (CPU),
+    which keeps queries, keys and values alone, or FlashAttention (GPU). ``linear_inputs``: ZeRO-3's
+    own linear function keeps its input, whether its weight is trained or not.
     """
 
     tokens: int
     dtype_bytes: int
     masked: bool = False
-    fused_dropout: bool = False
+    on_gpu: bool = False
     linear_inputs: bool = False
 
 
@@ -88,13 +87,13 @@ def _layer(
         of ``names``, none where it is kept anyway: ``shared``), the rank's rows, dropout's mask."""
         here = [name for name in names if name in targets]
         copies = len(here) if size != FP32 or recipe.dropout else bool(here) and not shared
-        mask = (1 if row.fused_dropout else size) if recipe.dropout and gradient else 0
+        mask = (1 if row.on_gpu else size) if recipe.dropout and gradient else 0
         return FP32 * width * copies + len(here) * (FP32 * recipe.rank + mask * width)
 
     def linear(width: int, gradient: bool) -> int:
         return size * width if row.linear_inputs and gradient else 0
 
-    own = row.linear_inputs
+    own, by_kernel = row.linear_inputs, row.masked or row.on_gpu
     if gradient:
         token += _norm(g.hidden_size, 1) + linear(g.hidden_size, gradient)
     token += adapters(("q_proj", "k_proj", "v_proj"), g.hidden_size, gradient, own and gradient)
@@ -104,11 +103,13 @@ def _layer(
         token += _norm(keys, g.kv_heads) if by["k_proj"] else 0
     attends = by["q_proj"] or by["k_proj"] or by["v_proj"]
     if attends:
-        # queries and the output; keys and values, one for each query's head where there is a mask
+        # keys and values, one for each query's head where there is a mask; a kernel's output and sums
         pairs = queries if row.masked else keys
-        token += size * (2 * queries + 2 * pairs) + FP32 * g.heads
+        token += size * (queries + 2 * pairs)
+        token += size * queries + FP32 * g.heads if by_kernel else 0
         token += size * row.tokens if row.masked else 0
-    token += adapters(("o_proj",), queries, attends, attends)
+    token += linear(queries, attends and not by_kernel)
+    token += adapters(("o_proj",), queries, attends, attends and (by_kernel or own))
     gradient = attends or "o_proj" in targets
     if gradient:
         token += _norm(g.hidden_size, 1) + linear(g.hidden_size, gradient)

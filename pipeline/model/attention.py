@@ -65,27 +65,24 @@ class DocumentAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], scale: float
     ) -> Tensor:
         output = torch.empty_like(q, memory_format=torch.contiguous_format)
-        sums = q.new_empty(q.shape[:2], dtype=torch.float32)
         ctx.parts = documents_of(tuple(starts))
         with torch.autocast("cpu", enabled=False):  # it would lower the precision of the scores
             for part in ctx.parts:
-                part.forward((q, k, v), scale, output, sums)
-        ctx.save_for_backward(q, k, v, output, sums)
+                part.forward((q, k, v), scale, output)
+        ctx.save_for_backward(q, k, v)
         ctx.shared, ctx.scale = starts[0], scale
         return output
 
     @staticmethod
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, output, sums = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         by_q, by_k, by_v = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)
         )
         by_shared = torch.zeros(2, ctx.shared, *k.shape[1:])  # fp32: a sum over documents
         with torch.autocast("cpu", enabled=False):
             for part in ctx.parts:
-                by_shared += part.backward(
-                    (q, k, v), ctx.scale, output, sums, by_output, (by_q, by_k, by_v)
-                )
+                by_shared += part.backward((q, k, v), ctx.scale, by_output, (by_q, by_k, by_v))
         by_k[: ctx.shared] += by_shared[0]
         by_v[: ctx.shared] += by_shared[1]
         return by_q, by_k, by_v, None, None

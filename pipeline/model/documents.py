@@ -1,8 +1,8 @@
 """Attention of the documents of a pack on a CPU: short ones together, padded; long ones one by one.
 
-Each call of a kernel costs more than the arithmetic of a short document, and PyTorch's attention for
-CPUs is slower than plain matrix products, so short documents of like lengths are one batch, and
-longer ones go in blocks of queries; above ``LONG`` tokens the kernel wins.
+PyTorch's kernel for CPUs is slower than plain matrix products and a softmax, forward and backward,
+and a call for each short document costs more than its arithmetic. So short documents of like lengths
+are one batch, and longer ones go in blocks of queries, so that never all scores are there.
 
 Chats of one template begin alike. A causal model gives the tokens that all documents begin with the
 same states in each of them, so a pack can hold them once, before the documents, which all see them.
@@ -17,8 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-SHORT, LONG = 192, 767  # tokens
-BLOCK = 128  # queries
+SHORT = 192  # tokens
+BLOCK, BLOCK_SCORES = 128, 1 << 21  # queries, of all heads at most so many scores
 ALIKE = 0.7  # of the longest one's length, at least, to be padded to it
 
 Span = tuple[int, int]
@@ -30,10 +30,9 @@ def documents_of(starts: tuple[int, ...]) -> list[Together | Alone]:
     """The parts of a pack. ``starts``: where each document begins, and T; what lies before the first
     is shared by all.
 
-    ``forward`` of a part writes its rows of ``output`` [T, H, C], and above ``LONG`` tokens those of
-    ``sums``, the logarithm of the sum of each query's exponentiated scores, float32 [T, H].
-    ``backward`` writes its rows of ``by``, the gradients by q, k and v, and returns those by the
-    shared rows of k and v, float32 [2, S, G, C], or 0 where nothing is shared.
+    ``forward`` of a part writes its rows of ``output`` [T, H, C]. ``backward`` writes its rows of
+    ``by``, the gradients by q, k and v, and returns those by the shared rows of k and v, float32
+    [2, S, G, C], or 0 where nothing is shared.
     """
     shared = starts[0]
     parts: list[Together | Alone] = [Alone(0, (0, shared))] if shared > SHORT else []
@@ -75,20 +74,12 @@ class Together:
         seen = torch.ones(self.length, shared + self.length, dtype=torch.bool).tril(shared)
         self.mask = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
-    def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
+    def forward(self, qkv: Three, scale: float, output: Tensor) -> None:
         q, k, v = self._batches(*qkv)
         p = self._probabilities(q, k, scale).to(q.dtype)
         self._write(output, torch.bmm(p, v), q.shape[1] // self.length)
 
-    def backward(
-        self,
-        qkv: Three,
-        scale: float,
-        output: Tensor,
-        sums: Tensor,
-        by_output: Tensor,
-        by: Three,
-    ) -> Tensor | float:
+    def backward(self, qkv: Three, scale: float, by_output: Tensor, by: Three) -> Tensor | float:
         q, k, v = self._batches(*qkv)
         groups, heads = len(k) // self.count, q.shape[1] // self.length
         incoming = by_output.index_select(0, self.queries).masked_fill_(self.padded, 0.0)
@@ -133,118 +124,57 @@ class Together:
 
 
 class Alone:
-    """One longer document: in blocks of queries, or above ``LONG`` tokens by PyTorch's kernel. Neither
-    ever holds all scores."""
+    """One longer document, in blocks of queries."""
 
     def __init__(self, shared: int, span: Span) -> None:
         self.shared, self.span = shared, span
-        self.by_kernel = shared + _length(span) > LONG
 
-    def forward(self, qkv: Three, scale: float, output: Tensor, sums: Tensor) -> None:
-        a, b = self.span
-        if not self.by_kernel:
-            self._forward_by_blocks(qkv, scale, output)
-            return
-        whole = (self._whole(t) for t in qkv)
-        rows, totals = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *whole, 0.0, True, scale=scale
-        )
-        output[a:b] = rows[0, :, self.shared :].transpose(0, 1)
-        sums[a:b] = totals[0, :, self.shared :].T
-
-    def _forward_by_blocks(self, qkv: Three, scale: float, output: Tensor) -> None:
-        k, v = (self._whole(t)[0].contiguous() for t in qkv[1:])
+    def forward(self, qkv: Three, scale: float, output: Tensor) -> None:
+        q, k, v = qkv[0], *(self._whole(t) for t in qkv[1:])
         exact, groups = k.float(), len(k)
-        for a, b, seen in self._blocks():
-            q = _by_group(qkv[0][a:b], 1, groups)
-            p = _probabilities(q, exact[:, seen], b - a, scale).to(q.dtype)
+        for a, b, seen in self._blocks(q.shape[1]):
+            own = _by_group(q[a:b], 1, groups)
+            p = _probabilities(own, exact[:, seen], b - a, scale).to(q.dtype)
             rows = torch.bmm(p, v[:, seen]).view(groups, -1, b - a, v.shape[2])
             output[a:b] = rows.permute(2, 0, 1, 3).reshape(output[a:b].shape)
 
-    def _blocks(self) -> Iterator[tuple[int, int, slice]]:
-        """Queries from where to where, and which of the document's keys they see."""
-        start, end = self.span
-        for a in range(start, end, BLOCK):
-            b = min(a + BLOCK, end)
-            yield a, b, slice(0, self.shared + b - start)
-
-    def backward(
-        self,
-        qkv: Three,
-        scale: float,
-        output: Tensor,
-        sums: Tensor,
-        by_output: Tensor,
-        by: Three,
-    ) -> Tensor | float:
-        a, b = self.span
-        if self.by_kernel:
-            by_keys = self._backward_by_kernel(qkv, scale, output, sums, by_output, by[0])
-        else:
-            by_keys = self._backward_by_blocks(qkv, scale, by_output, by[0])
-        for target, rows in zip(by[1:], by_keys, strict=True):
-            target[a:b] = rows[self.shared :]
-        return (
-            torch.stack([rows[: self.shared].float() for rows in by_keys]) if self.shared else 0.0
-        )
-
-    def _backward_by_kernel(
-        self,
-        qkv: Three,
-        scale: float,
-        output: Tensor,
-        sums: Tensor,
-        by_output: Tensor,
-        by_q: Tensor,
-    ) -> list[Tensor]:
-        """Writes the rows of ``by_q``; returns the gradients by k and v, [S + L, G, C] each."""
-        a, b = self.span
-        q, k, v = (self._whole(t) for t in qkv)
-        groups = k.shape[1]
-        shared_by = [
-            torch.nn.functional.pad(t[a:b], (0, 0, 0, 0, self.shared, 0))  # theirs is not from here
-            for t in (by_output, output)
-        ]
-        incoming, result = (t.transpose(0, 1)[None] for t in shared_by)
-        repeated = (t.repeat_interleave(q.shape[1] // groups, dim=1) for t in (k, v))
-        gradient, *by_keys = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            incoming,
-            q,
-            *repeated,
-            result,
-            self._whole(sums[:, :, None])[..., 0],
-            0.0,
-            True,
-            scale=scale,
-        )
-        by_q[a:b] = gradient[0, :, self.shared :].transpose(0, 1)
-        return [t[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1) for t in by_keys]
-
-    def _backward_by_blocks(
-        self, qkv: Three, scale: float, by_output: Tensor, by_q: Tensor
-    ) -> list[Tensor]:
-        """The same. Scores, softmax and sums over blocks are fp32."""
-        k, v = (self._whole(t)[0].contiguous() for t in qkv[1:])
+    def backward(self, qkv: Three, scale: float, by_output: Tensor, by: Three) -> Tensor | float:
+        """Scores, softmax and sums over blocks are fp32."""
+        q, k, v = qkv[0], *(self._whole(t) for t in qkv[1:])
         exact, groups = k.float(), len(k)
         by_k, by_v = torch.zeros_like(exact), torch.zeros_like(exact)
-        for a, b, seen in self._blocks():
-            q, by_o = (_by_group(t[a:b], 1, groups) for t in (qkv[0], by_output))
-            p = _probabilities(q, exact[:, seen], b - a, scale)
+        for a, b, seen in self._blocks(q.shape[1]):
+            own, by_o = (_by_group(t[a:b], 1, groups) for t in (q, by_output))
+            p = _probabilities(own, exact[:, seen], b - a, scale)
             low = p.to(q.dtype)
             by_v[:, seen] += torch.bmm(low.transpose(1, 2), by_o)
             by_p = torch.bmm(by_o, v[:, seen].transpose(1, 2)).float()
             by_scores = torch._softmax_backward_data(by_p, p, -1, torch.float32)
             by_scores = by_scores.mul_(scale).to(q.dtype)
             rows = torch.bmm(by_scores, k[:, seen]).view(groups, -1, b - a, k.shape[2])
-            by_q[a:b] = rows.permute(2, 0, 1, 3).reshape(by_q[a:b].shape)
-            by_k[:, seen] += torch.bmm(by_scores.transpose(1, 2), q)
-        return [by_k.transpose(0, 1), by_v.transpose(0, 1)]
+            by[0][a:b] = rows.permute(2, 0, 1, 3).reshape(by[0][a:b].shape)
+            by_k[:, seen] += torch.bmm(by_scores.transpose(1, 2), own)
+        start, end = self.span
+        for target, rows in zip(by[1:], (by_k, by_v), strict=True):
+            target[start:end] = rows[:, self.shared :].transpose(0, 1)
+        if not self.shared:
+            return 0.0
+        return torch.stack([rows[:, : self.shared].transpose(0, 1) for rows in (by_k, by_v)])
+
+    def _blocks(self, heads: int) -> Iterator[tuple[int, int, slice]]:
+        """Queries from where to where, and which of the document's keys they see."""
+        start, end = self.span
+        keys = self.shared + end - start
+        size = max(1, min(BLOCK, BLOCK_SCORES // (heads * keys)))
+        for a in range(start, end, size):
+            b = min(a + size, end)
+            yield a, b, slice(0, self.shared + b - start)
 
     def _whole(self, t: Tensor) -> Tensor:
-        """[1, H, S + L, C]: the shared rows and its own."""
+        """[G, S + L, C]: the shared rows and its own."""
         a, b = self.span
         rows = torch.cat([t[: self.shared], t[a:b]]) if self.shared else t[a:b]
-        return rows.transpose(0, 1)[None]
+        return rows.transpose(0, 1).contiguous()
 
 
 def _by_group(rows: Tensor, count: int, groups: int) -> Tensor:

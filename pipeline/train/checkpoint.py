@@ -25,7 +25,7 @@ from pipeline.train.world import gather_objects
 
 KEEP = 2
 DAMAGE = (OSError, ValueError, KeyError, TypeError)
-LEAVING_SECONDS = 60.0  # for the other ranks' shards, once training is left
+LEAVING_SECONDS = 60.0  # for the other ranks' shards, once training has failed
 
 
 @dataclass
@@ -39,8 +39,9 @@ class Position:
 
 
 class Checkpoints:
-    """Writes checkpoints below ``folder`` while training goes on; leaving it waits for the last, whose
-    failure then no longer matters."""
+    """Writes checkpoints below ``folder`` while training goes on. Leaving it after the end gives up what
+    other ranks have not written yet, which no longer matters; leaving it with an error does not wait
+    for shards, so that the error is told while the launcher still listens."""
 
     def __init__(self, folder: Path, engine: Engine, rank: int) -> None:
         self.folder, self.engine, self.rank = folder, engine, rank
@@ -51,9 +52,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.give_up_at = time.monotonic() + LEAVING_SECONDS
-        self.thread.shutdown()
+    def __exit__(self, kind: object, *error: object) -> None:
+        self.give_up_at = time.monotonic() + (LEAVING_SECONDS if kind else 0.0)
+        self.thread.shutdown(wait=kind is None or not self.engine.sharded)
 
     def save(self, position: Position) -> None:
         """Collective; files are written in a thread. An error of the last writing is raised here."""
@@ -67,9 +68,11 @@ class Checkpoints:
             tensors, shapes = self.engine.shards()
             writers = len(told)
         else:
-            tensors = {f"trainable.{k}": v for k, v in self.engine.trainable_state().items()}
-            tensors |= {f"optimizer.{k}": v for k, v in self.engine.optimizer_state().items()}
-            shapes, writers = {}, 1
+            keep, shapes, writers = self.rank == 0, {}, 1
+            trained = self.engine.trainable_state(keep=keep)
+            optimizer = self.engine.optimizer_state(keep=keep)
+            tensors = {f"trainable.{k}": v for k, v in trained.items()}
+            tensors |= {f"optimizer.{k}": v for k, v in optimizer.items()}
         if self.rank >= writers:
             return
         if self.rank == 0:
@@ -101,8 +104,10 @@ class Checkpoints:
         files = {h.with_suffix(".safetensors").name: h.read_text(encoding="ascii") for h in hashes}
         write_atomic(staging / "meta.json", json.dumps(meta | {"files": files}))
         staging.rename(final)
-        for old in sorted(self.folder.glob("checkpoint-*"))[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
+        found = sorted(self.folder.glob("checkpoint-*"))
+        for old in found:  # a later one is damaged: this run has begun before it
+            if old.name > final.name or old in found[: found.index(final) + 1 - KEEP]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _staging(final: Path) -> Path:

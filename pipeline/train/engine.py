@@ -57,14 +57,14 @@ class Engine(Protocol):
         ...
 
     def trainable_state(self, *, keep: bool = True) -> State:
-        """Trainable tensors by name, whole, fp32, on CPU, on every rank; on one without ``keep``, which
-        only takes part, none."""
+        """Trainable tensors by name, whole, fp32, on CPU; none on a rank without ``keep``, which only
+        takes part."""
         ...
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None: ...
 
-    def optimizer_state(self) -> State:
-        """Optimiser tensors as ``exp_avg.<name>`` and ``exp_avg_sq.<name>``, and ``step``."""
+    def optimizer_state(self, *, keep: bool = True) -> State:
+        """Optimiser tensors as ``exp_avg.<name>`` and ``exp_avg_sq.<name>``, and ``step``; the same."""
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None: ...

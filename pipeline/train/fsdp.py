@@ -68,11 +68,12 @@ class FsdpEngine(ReplicatedEngine):
         state: State = {}
         shapes: dict[str, list[int]] = {}
         for name, parameter in self.parameters.items():
-            held = self.optimizer.state[parameter]
-            state["optimizer.step"] = held["step"].detach().clone().cpu()
-            for key, tensor in [("trainable", parameter)] + [
-                (f"optimizer.{m}", held[m]) for m in MOMENTS
-            ]:
+            parts: dict[str, Any] = {"trainable": parameter}
+            held = self.optimizer.state.get(parameter)
+            if held:  # else it has had no gradient yet
+                state["optimizer.step"] = held["step"].detach().clone().cpu()
+                parts |= {f"optimizer.{moment}": held[moment] for moment in MOMENTS}
+            for key, tensor in parts.items():
                 own = tensor.detach().to_local().flatten()
                 state[f"{key}.{name}"] = own.to("cpu", torch.float32, copy=True)
                 shapes[f"{key}.{name}"] = list(tensor.shape)

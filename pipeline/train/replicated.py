@@ -117,20 +117,21 @@ class ReplicatedEngine:
             for name, parameter in self.parameters.items():
                 parameter.copy_(_like(state[name], parameter))
 
-    def optimizer_state(self) -> State:
+    def optimizer_state(self, *, keep: bool = True) -> State:
         state: State = {}
         for name, parameter in self.parameters.items():
             held = self.optimizer.state.get(parameter)
             if not held:
                 continue
-            state |= {f"{moment}.{name}": _whole(held[moment]) for moment in MOMENTS}
-            state["step"] = held["step"].detach().clone().cpu()
+            moments = {f"{moment}.{name}": _whole(held[moment]) for moment in MOMENTS}
+            if keep:
+                state |= moments | {"step": held["step"].detach().clone().cpu()}
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            if "step" not in state:
-                return
+            if f"{MOMENTS[0]}.{name}" not in state:
+                continue  # it had had no gradient yet
             held: dict[str, Tensor] = {"step": state["step"].clone()}
             for moment in MOMENTS:
                 held[moment] = torch.zeros_like(parameter, dtype=torch.float32)

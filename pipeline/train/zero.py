@@ -210,10 +210,15 @@ class ZeroEngine:
 
         if self.stage == 3:
             return self._gathered(moment, keep=keep)
-        if moment is None:
-            return {n: _cpu(utils.safe_get_full_fp32_param(p)) for n, p in self.parameters.items()}
-        full = utils.safe_get_full_optimizer_state
-        return {n: _cpu(full(p, moment)) for n, p in self.parameters.items()}
+        state: State = {}
+        for name, parameter in self.parameters.items():
+            if moment is None:
+                whole = utils.safe_get_full_fp32_param(parameter)
+            else:
+                whole = utils.safe_get_full_optimizer_state(parameter, moment)
+            if keep:
+                state[name] = _cpu(whole)
+        return state
 
     def _gathered(self, moment: str | None, *, keep: bool) -> State:
         """The same at stage 3. DeepSpeed itself would gather one tensor at a time: of an adapter, many
@@ -223,7 +228,7 @@ class ZeroEngine:
         state: State = {}
         for batch in self._batches():
             shards = [_shard(parameter, moment) for parameter in batch.values()]
-            own = torch.cat(shards).detach()
+            own = torch.cat(shards)
             everyone = own.new_empty(self.world_size * len(own))
             comm.all_gather_into_tensor(everyone, own)
             if not keep:
@@ -251,20 +256,37 @@ class ZeroEngine:
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param
 
         for name, parameter in self.parameters.items():
             value = state[name]
-            safe_set_full_fp32_param(parameter, value)
+            self._set(parameter, value, None)
             # That is the optimiser's copy; the one that forward reads would only follow after a step.
             sharded = [parameter] if self.stage == 3 else []
             with torch.no_grad(), GatheredParameters(sharded, modifier_rank=0):
                 parameter.data.copy_(value)
 
-    def optimizer_state(self) -> State:
+    def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Put the whole ``value`` into the optimiser's copy of a parameter, or into that moment of it."""
+        from deepspeed import utils
+
+        if self.stage != 3 and moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        elif self.stage != 3:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        else:  # DeepSpeed's own way reads past the end of what the ranks do not share evenly
+            own = torch.zeros_like(_shard(parameter, moment))
+            part = value.flatten()[dist.get_rank() * len(own) :][: len(own)]
+            own[: len(part)] = part
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, own)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, own, moment)
+
+    def optimizer_state(self, *, keep: bool = True) -> State:
         state: State = {}
         for moment in MOMENTS:
-            state |= {f"{moment}.{name}": whole for name, whole in self._whole(moment).items()}
+            whole = self._whole(moment, keep=keep)
+            state |= {f"{moment}.{name}": tensor for name, tensor in whole.items()}
         return state | {"step": self._steps_taken()}
 
     def _steps_taken(self) -> Tensor:
@@ -284,12 +306,11 @@ class ZeroEngine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         self._allocate_moments()
         for name, parameter in self.parameters.items():
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"], moment)
+                if f"{moment}.{name}" in state:  # else it had had no gradient yet
+                    self._set(parameter, state[f"{moment}.{name}"], moment)
         for held in self._inner().state.values():
             if "step" in held:
                 held["step"] = state["step"].clone()
@@ -315,7 +336,7 @@ def _shard(parameter: nn.Parameter, moment: str | None) -> Tensor:
         shard: Tensor = utils.safe_get_local_fp32_param(parameter)
     else:
         shard = utils.safe_get_local_optimizer_state(parameter, moment)
-    return shard
+    return shard.detach().clone()  # swapped from disk, its memory is the next one's as well
 
 
 def _cpu(tensor: Tensor) -> Tensor:

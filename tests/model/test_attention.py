@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.model import documents
 from pipeline.model.attention import VARLEN, borders, per_document, varlen
-from pipeline.model.documents import LONG, SHORT
+from pipeline.model.documents import SHORT
 from pipeline.model.lora import LoraLinear
 from pipeline.train.batches import MicroBatch
 from pipeline.train.loss import SftModule
@@ -22,7 +23,7 @@ PACKS = {
     "several": [1, 7, 64, 33],
     "around the border": [SHORT - 1, SHORT, SHORT + 1],
     "long and short": [300, 5, 210],
-    "longer than blocks": [LONG - SHARED, LONG + 1],
+    "many blocks": [700, 901],
 }
 
 
@@ -72,6 +73,18 @@ def test_gradients_in_bf16_are_as_close_to_fp32_as_those_of_pytorch(lengths: lis
     mine = torch.autograd.grad(ours(*tensors, lengths), tensors, by_output)
     for true, their, own in zip(truth, theirs, mine, strict=True):
         assert (own.float() - true).norm() <= 1.5 * (their.float() - true).norm() + 1e-3
+
+
+def test_blocks_of_few_queries_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of models with many heads and long documents."""
+    *tensors, by_output = inputs([250, 300], 6, 2, torch.float32)
+    want = ours(*tensors, [250, 300])
+    wanted = [want, *torch.autograd.grad(want, tensors, by_output)]
+    monkeypatch.setattr(documents, "BLOCK_SCORES", 6 * 300 * 7)
+    got = ours(*tensors, [250, 300])
+    gotten = [got, *torch.autograd.grad(got, tensors, by_output)]
+    for left, right in zip(gotten, wanted, strict=True):
+        assert (left - right).abs().max() <= 1e-5 * right.abs().max()
 
 
 def test_without_starts_it_is_one_document() -> None:
