@@ -28,7 +28,7 @@ from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.attention import per_document
 
 HEADS, KEY_HEADS, CHANNELS = 9, 3, 64
-LENGTHS = (32, 65, 130, 190, 256, 430, 1024)
+LENGTHS = (32, 65, 130, 190, 256, 430, 1024, 2048)
 TOKENS = 1024
 Way = Callable[[Tensor, Tensor, Tensor, list[int]], Tensor]
 

@@ -98,6 +98,8 @@ def fill_packs(rows: list[dict[str, Any]], packs: int) -> list[list[int]]:
     from pipeline.data.packing import best_fit_decreasing
 
     lengths = [len(row["input_ids"]) for row in rows]
+    if sum(lengths) <= packs * CAPACITY:
+        raise SystemExit(f"the rows do not fill {packs} packs of {CAPACITY} tokens; lower --steps")
     count = next(n for n in range(len(rows)) if sum(lengths[:n]) > packs * CAPACITY) - 1
     while True:
         chosen = Dataset.from_list([{"input_ids": r["input_ids"]} for r in rows[:count]])

@@ -233,6 +233,12 @@ TRAINING = [
         'say "auto"',
     ),
     sft("ds-without-zero", deepspeed({}), "no zero_optimization section", "see ds_configs/"),
+    sft(
+        "ds-offload-to-nvme",
+        deepspeed({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}),
+        "zero_optimization.offload_param.device",
+        "got nvme, wanted cpu or none",
+    ),
     sft("ds-not-json", deepspeed("{"), "ds.json: cannot be read as JSON", "line 1"),
     sft(
         "ds-unknown-key",

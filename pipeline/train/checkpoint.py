@@ -25,7 +25,6 @@ from pipeline.train.world import gather_objects
 
 KEEP = 2
 DAMAGE = (OSError, ValueError, KeyError, TypeError)
-LEAVING_SECONDS = 60.0  # for the other ranks' shards, once training has failed
 
 
 @dataclass
@@ -39,21 +38,24 @@ class Position:
 
 
 class Checkpoints:
-    """Writes checkpoints below ``folder`` while training goes on. Leaving it after the end gives up what
-    other ranks have not written yet, which no longer matters; leaving it with an error does not wait
-    for shards, so that the error is told while the launcher still listens."""
+    """Writes checkpoints below ``folder`` while training goes on.
+
+    Leaving it waits for this rank's file, but not for those of others: one that lacks shards is given
+    up, and the one before stays. After an error it waits for no shard at all, so that the error is
+    told while the launcher still listens.
+    """
 
     def __init__(self, folder: Path, engine: Engine, rank: int) -> None:
         self.folder, self.engine, self.rank = folder, engine, rank
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: Future[None] | None = None
-        self.give_up_at = float("inf")
+        self.left = False
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        self.give_up_at = time.monotonic() + (LEAVING_SECONDS if kind else 0.0)
+        self.left = True
         self.thread.shutdown(wait=kind is None or not self.engine.sharded)
 
     def save(self, position: Position) -> None:
@@ -98,16 +100,16 @@ class Checkpoints:
         if self.rank != 0:
             return
         while len(hashes := sorted(staging.glob("state-*.sha256"))) < writers:
-            if time.monotonic() > self.give_up_at:
+            if self.left:
                 raise TimeoutError(f"{final}: only {len(hashes)} of {writers} ranks wrote theirs")
             time.sleep(0.05)
         files = {h.with_suffix(".safetensors").name: h.read_text(encoding="ascii") for h in hashes}
         write_atomic(staging / "meta.json", json.dumps(meta | {"files": files}))
         staging.rename(final)
-        found = sorted(self.folder.glob("checkpoint-*"))
-        for old in found:  # a later one is damaged: this run has begun before it
-            if old.name > final.name or old in found[: found.index(final) + 1 - KEEP]:
-                shutil.rmtree(old, ignore_errors=True)
+        # a later one could not be read when this run began: it does not count, and may yet be good
+        found = sorted(f for f in self.folder.glob("checkpoint-*") if f.name <= final.name)
+        for old in found[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _staging(final: Path) -> Path:
@@ -195,6 +197,9 @@ class _Tensors(Mapping[str, Tensor]):
             return whole
         shape = torch.Size(self.shapes[self.prefix + name])
         return torch.cat(parts)[: shape.numel()].view(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)

@@ -83,6 +83,12 @@ def _checked(zero: Any, path: Path) -> dict[str, Any]:
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         got = zero.get("stage") if isinstance(zero, dict) else zero
         raise RecipeError(f"{section}: stage={got}, wanted 1, 2 or 3; see ds_configs/")
+    for key in ("offload_param", "offload_optimizer"):
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "nvme":
+            raise RecipeError(
+                f"{section}.{key}.device: got nvme, wanted cpu or none: a run that is stopped could not"
+                " go on from there"
+            )
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
@@ -287,7 +293,7 @@ class ZeroEngine:
         for moment in MOMENTS:
             whole = self._whole(moment, keep=keep)
             state |= {f"{moment}.{name}": tensor for name, tensor in whole.items()}
-        return state | {"step": self._steps_taken()}
+        return state | {"step": self._steps_taken()} if keep else {}
 
     def _steps_taken(self) -> Tensor:
         steps = [held["step"] for held in self._inner().state.values() if "step" in held]
@@ -336,7 +342,7 @@ def _shard(parameter: nn.Parameter, moment: str | None) -> Tensor:
         shard: Tensor = utils.safe_get_local_fp32_param(parameter)
     else:
         shard = utils.safe_get_local_optimizer_state(parameter, moment)
-    return shard.detach().clone()  # swapped from disk, its memory is the next one's as well
+    return shard.detach()
 
 
 def _cpu(tensor: Tensor) -> Tensor:

@@ -93,20 +93,21 @@ def test_without_starts_it_is_one_document() -> None:
     assert torch.equal(alone, ours(*tensors, [30]))
 
 
+@pytest.mark.parametrize("shared", [SHARED, SHORT + 8])
 @pytest.mark.parametrize("lengths", PACKS.values(), ids=PACKS)
-def test_a_shared_beginning_gives_what_repeating_it_gives(lengths: list[int]) -> None:
-    *tensors, by_output = inputs([SHARED, *lengths], 6, 2, torch.float32)
-    starts = [SHARED, *(SHARED + sum(lengths[: i + 1]) for i in range(len(lengths)))]
+def test_a_shared_beginning_gives_what_repeating_it_gives(lengths: list[int], shared: int) -> None:
+    *tensors, by_output = inputs([shared, *lengths], 6, 2, torch.float32)
+    starts = [shared, *(shared + sum(lengths[: i + 1]) for i in range(len(lengths)))]
     got = per_document(
         torch.nn.Identity(), *tensors, None, scaling=0.25, document_starts=torch.tensor(starts)
     )[0]
-    beginning = torch.arange(SHARED)
+    beginning = torch.arange(shared)
     parts = [torch.cat([beginning, torch.arange(a, b)]) for a, b in itertools.pairwise(starts)]
     repeated = torch.cat(parts)
-    alone = [SHARED + length for length in lengths]
+    alone = [shared + length for length in lengths]
     whole = expected(*(t[:, :, repeated] for t in tensors), alone)
     own = torch.cat([torch.arange(len(p)) + sum(alone[:i]) for i, p in enumerate(parts)])
-    keep = torch.cat([beginning, own[(repeated >= SHARED)]])
+    keep = torch.cat([beginning, own[(repeated >= shared)]])
     want = whole[:, keep]
     wanted = [want, *torch.autograd.grad(want, tensors, by_output)]
     gotten = [got, *torch.autograd.grad(got, tensors, by_output)]
