@@ -151,7 +151,7 @@ class ZeroEngine:
         self._inner().register_step_pre_hook(self._require_finite)
         self.world_size = dist.get_world_size()
         for held in self._inner().state.values():
-            if "step" in held:  # DeepSpeed takes a trial step to allocate; it must not count
+            if "step" in held:  # some versions take a trial step to allocate; it must not count
                 held["step"] = torch.zeros_like(torch.as_tensor(held["step"], dtype=torch.float32))
 
     def _keep_small_frozen_weights(self) -> None:
