@@ -257,7 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true")
     options = parser.parse_args(argv)
     give_up = time.monotonic() + options.seconds
-    options.folder = options.folder.resolve()  # jobs name paths below UNTAXED_DATA, or absolute ones
+    # jobs name paths below UNTAXED_DATA, or absolute ones
+    options.folder = options.folder.resolve()
     prepared = options.folder / "prepared"
     if not (prepared / "ready").exists():
         shutil.rmtree(prepared, ignore_errors=True)
