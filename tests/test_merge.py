@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -276,13 +278,23 @@ def rise(work: Callable[[], object]) -> int:
     return status("VmHWM") - before
 
 
+Inputs = tuple[Artifact, Artifact]
+
+
+def rises(folder: Path, small: Inputs, large: Inputs) -> tuple[int, int]:
+    """``rise`` of reading the large base and of merging it, when all libraries are there."""
+    merged(folder, *small, "libraries")
+    base, sft = large
+    whole = rise(lambda: {name: t.clone() for name, t in tensors_of(base.folder).items()})
+    return whole, rise(lambda: merged(folder, base, sft, "big"))
+
+
 @pytest.mark.skipif(not PEAK.exists(), reason="needs Linux's /proc")
 def test_memory_does_not_hold_the_model(tmp_path: Path, runs: Path, folders) -> None:
-    """15 files of 11 MB, every matrix updated; the yardstick is reading them all. Merging takes 17 to 23
-    MB in a new process, and up to 37 MB in one that has run other tests."""
-    merged(tmp_path, adopt_folder(runs, folders()), trained(runs, folders()), "libraries")
+    """Seven files of 11 MB, every matrix updated; the yardstick is reading them all."""
+    small = adopt_folder(runs, folders()), trained(runs, folders())
     source = tmp_path / "source"
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12}
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
     make_model(source, **shape, head_dim=64, num_attention_heads=8)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=FP32)
     shutil.rmtree(source)
@@ -291,9 +303,10 @@ def test_memory_does_not_hold_the_model(tmp_path: Path, runs: Path, folders) -> 
     del model
     base, sft = adopt_folder(runs, source), trained(runs, source, target_modules="all-linear")
     files = [path.stat().st_size for path in base.folder.glob("*.safetensors")]
-    assert len(files) >= 12
-    whole = rise(lambda: {name: t.clone() for name, t in tensors_of(base.folder).items()})
+    assert len(files) >= 6
+    # in a process of its own: what other tests have left in the heap counts as well
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        whole, peak = process.submit(rises, tmp_path, small, (base, sft)).result()
     if whole < 0.8 * sum(files):
         pytest.skip("the memory of this process cannot be measured here")
-    peak = rise(lambda: merged(tmp_path, base, sft, "big"))
-    assert peak < 0.4 * sum(files), (peak, sum(files))
+    assert peak < 3 * max(files) < 0.5 * sum(files), (peak, max(files), sum(files))

@@ -1,8 +1,9 @@
 """Attention of the documents of a pack on a CPU: short ones together, padded; long ones one by one.
 
-PyTorch's kernel for CPUs is slower than plain matrix products and a softmax, forward and backward,
-and a call for each short document costs more than its arithmetic. So short documents of like lengths
-are one batch, and longer ones go in blocks of queries, so that never all scores are there.
+Up to some 2,000 tokens PyTorch's kernel for CPUs is slower than plain matrix products and a softmax,
+forward and backward, and a call for each short document costs more than its arithmetic. So short
+documents of like lengths are one batch, and longer ones go in blocks of queries, so that never all
+scores are there.
 
 Chats of one template begin alike. A causal model gives the tokens that all documents begin with the
 same states in each of them, so a pack can hold them once, before the documents, which all see them.

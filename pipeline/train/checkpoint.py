@@ -120,7 +120,7 @@ def _make_room(final: Path) -> bool:
     """Whether ``final`` is to be written; then all that stands in its way is gone."""
     if final.exists():
         try:
-            _verified(final)
+            _verify(final)
             return False  # a stop at the place of the last one; what is good is never touched
         except DAMAGE:
             pass
@@ -142,27 +142,31 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint, verified by hash; a damaged one is named and passed over."""
     for path in sorted(folder.glob("checkpoint-*"), reverse=True):
         try:
-            _verified(path)
+            _verify(path)
             return path
         except DAMAGE as error:
             warn(f"sft: checkpoint {path.name} is damaged ({error}); trying the one before")
     return None
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """The description of a whole checkpoint; one of DAMAGE for any other."""
-    meta: dict[str, Any] = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    for name, sha256 in meta["files"].items():
-        if hash_file(path / name).sha256 != sha256:
-            raise ValueError(f"the content of {name} does not match its hash")
+def _described(path: Path) -> dict[str, Any]:
+    """What meta.json says; one of DAMAGE where that is not all."""
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     wanted = ("step", "epochs", "history", "world_size", "shapes", "files")
     return {name: meta[name] for name in wanted}
+
+
+def _verify(path: Path) -> None:
+    """One of DAMAGE where the checkpoint is not whole."""
+    for name, sha256 in _described(path)["files"].items():
+        if hash_file(path / name).sha256 != sha256:
+            raise ValueError(f"the content of {name} does not match its hash")
 
 
 def restore(path: Path, engine: Engine, rank: int, world_size: int) -> Position:
     """Put a checkpoint that ``newest`` has chosen into the engine; RNG states only at the same world
     size."""
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    meta = _described(path)
     files = [path / name for name in sorted(meta["files"])]
     engine.load_trainable_state(_Tensors(files, "trainable.", meta["shapes"]))
     engine.load_optimizer_state(_Tensors(files, "optimizer.", meta["shapes"]))

@@ -216,7 +216,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
         place |= ENGINES[engine]
         runs.append({"out": str(folder / f"first-{name}-{engine}"), "stop_at": STOP} | place)
         runs.append({"out": str(folder / f"{name}-{engine}")} | place)
-        train(recipe, inputs, folder / f"{name}-one-{engine}", folder / f"s-{name}-{engine}")
+        if not (folder / f"{name}-one").exists():
+            train(recipe, inputs, folder / f"{name}-one", folder / f"scratch-{name}-one")
     launch(runs, inputs, folder)
     return folder
 
@@ -224,7 +225,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["lora-zero3", "full-zero3", "full-fsdp"])
 def test_shards_of_unlike_sizes_are_put_together_again(odd: Path, name: str) -> None:
-    expected, got = losses(odd / name.replace("-", "-one-")), losses(odd / name)
+    expected, got = losses(odd / f"{name.split('-')[0]}-one"), losses(odd / name)
     assert len(got) == len(expected) == 20
     assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
 
