@@ -43,7 +43,9 @@ def link_inputs(runs: Path, job: Path, folder: Path) -> None:
 
 
 def checkpoints(runs: Path) -> set[str]:
-    return {path.name for path in runs.glob(".sft-*.scratch/checkpoint-*")}
+    with contextlib.suppress(FileNotFoundError):  # the run renames it when training has ended
+        return {path.name for path in runs.glob(".sft-*.scratch/checkpoint-*")}
+    return set()
 
 
 def stop_once(command: list[str], runs: Path, random_: random.Random) -> float:

@@ -170,13 +170,21 @@ def code_of(folder: Path) -> int:
 
 def scratch(folder: Path, stage: str = "sft") -> Path | None:
     """The scratch folder of the stage that runs."""
-    return next(iter((folder / "runs").glob(f".{stage}-*.scratch")), None)
+    return next(iter(matches(folder / "runs", f".{stage}-*.scratch")), None)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = scratch(folder)
-    return sorted(found.glob("checkpoint-*")) if found else []
+    return matches(found, "checkpoint-*") if found else []
+
+
+def matches(folder: Path, pattern: str) -> list[Path]:
+    """What is there now, sorted; a folder that the run renames meanwhile holds nothing."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
 
 
 def adapters(folder: Path) -> dict[str, bytes]:

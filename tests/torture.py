@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from killable import Running, checkpoints, code_of, copy, prepare, scratch, started, until
+from killable import Running, checkpoints, code_of, copy, matches, prepare, scratch, started, until
 
 STAGES = ("prep", "pack", "sft", "merge")
 UNFINISHED = 75
@@ -175,7 +175,7 @@ class Torture:
         if kill["phase"] == "checkpoint":
             place, give_up = scratch(self.folder), time.monotonic() + 60
             while place and running.child.poll() is None and time.monotonic() < give_up:
-                if any(place.glob(".checkpoint-*.tmp")):
+                if matches(place, ".checkpoint-*.tmp"):
                     return
 
     def strike(self, kill: dict[str, Any], running: Running, chance: random.Random) -> list[int]:
