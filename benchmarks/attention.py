@@ -26,6 +26,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.attention import per_document
+from pipeline.model.products import use_fp32_products
 
 HEADS, KEY_HEADS, CHANNELS = 9, 3, 64
 LENGTHS = (32, 65, 130, 190, 256, 430, 1024, 2048)
@@ -138,7 +139,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     given = options.parse_args()
-    keep_freed_memory()  # as training does
+    keep_freed_memory()  # as training does, and the next
+    use_fp32_products()
     tables: dict[str, dict[int, dict[str, float]]] = {}
     for title, ways, passes in (
         ("forward and backward", WAYS, both_passes),

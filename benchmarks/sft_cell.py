@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline import artifact as art
+from pipeline.model.products import use_fp32_products
 
 
 class Clock:
@@ -259,6 +260,7 @@ SYSTEMS = {
 def main() -> None:
     system, path = [a for a in sys.argv[1:] if not a.startswith("--local")]
     spec = json.loads(Path(path).read_text())
+    use_fp32_products()  # for the peers too: systems differ in what they compute, not in how
     result = SYSTEMS[system](spec)
     rank = os.environ.get("RANK", "0")
     Path(spec["scratch"], f"result-{rank}.json").write_text(json.dumps(result))

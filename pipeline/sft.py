@@ -27,6 +27,7 @@ from pipeline.model.allocator import keep_freed_memory
 from pipeline.model.attention import PER_DOCUMENT
 from pipeline.model.build import DTYPES, build_model, check_dtypes
 from pipeline.model.geometry import ARCHITECTURES, cut_of
+from pipeline.model.products import use_fp32_products
 from pipeline.recipes import SftRecipe
 from pipeline.stage import Context, Run, arguments, main, say_status
 from pipeline.train import checkpoint
@@ -229,6 +230,7 @@ def _facts(
 def join(*, always: bool) -> DistributedWorld | None:
     """Make this process one that trains: with the launcher's others, or (``always``) with itself."""
     keep_freed_memory()
+    use_fp32_products()
     return init_world(always=always, leave=leave_for)
 
 

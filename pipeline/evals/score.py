@@ -87,8 +87,12 @@ def load_for_inference(folder: Path) -> PreTrainedModel:
     there is one."""
     import torch
 
+    from pipeline.model.allocator import keep_freed_memory
     from pipeline.model.base import load_model
+    from pipeline.model.products import use_fp32_products
 
+    keep_freed_memory()
+    use_fp32_products()
     model = load_model(folder, "auto")
     return model.to("cuda") if torch.cuda.is_available() else model
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact import canonical
+from pipeline.model.products import replaced
 from pipeline.train.world import device, gather_objects
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def machine() -> dict[str, Any]:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "cuda": torch.version.cuda if on_gpu else None,
         "processor": torch.cuda.get_device_name(own) if on_gpu else _cpu_name(),
+        "products": "fp32" if replaced() and not on_gpu else None,
         "threads": 0 if on_gpu else torch.get_num_threads(),
     }
 

@@ -1,0 +1,100 @@
+"""bf16 products through fp32: the right numbers, and in place of PyTorch's own where asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from parts import ROOT
+from torch import Tensor
+
+from pipeline.model import products
+
+SHAPES = [(9, 5, 7), (300, 70, 33), (17, 1, 1), (1030, 40, 300), (9, 0, 4), (0, 3, 4)]
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "many tiles"])
+def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(products, "TILE", 64)
+        monkeypatch.setattr(products, "DEEPEST", 16)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).bfloat16()
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """``want`` in fp64, rounded once: a sum in another order may round to the neighbour."""
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize(("rows", "depth", "columns"), SHAPES)
+def test_products_are_those_of_fp64_rounded_once(rows: int, depth: int, columns: int) -> None:
+    a, b = random(rows, depth), random(columns, depth, seed=1).t()
+    bias = random(columns, seed=2)
+    close(products.mm(a, b), a.double() @ b.double())
+    close(products.addmm(bias, a, b), bias.double() + a.double() @ b.double())
+    close(
+        products.addmm(bias, a, b, beta=0.5, alpha=2),
+        0.5 * bias.double() + 2 * (a.double() @ b.double()),
+    )
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_batched_products_too(batch: int) -> None:
+    a, b = random(batch, 12, 20), random(batch, 9, 20, seed=1).transpose(1, 2)
+    bias = random(12, 9, seed=2)
+    close(products.bmm(a, b), a.double() @ b.double())
+    close(
+        products.baddbmm(bias, a, b, alpha=0.25), bias.double() + 0.25 * (a.double() @ b.double())
+    )
+
+
+def test_a_bias_that_does_not_count_is_not_read() -> None:
+    a, b, nan = random(12, 4), random(4, 5, seed=1), torch.full((5,), float("nan")).bfloat16()
+    close(products.addmm(nan, a, b, beta=0), a.double() @ b.double())
+    batched = products.baddbmm(nan, a[None], b[None], beta=0)
+    close(batched, (a.double() @ b.double())[None])
+
+
+INSTALLED = """
+import torch
+from pipeline.model import products
+
+products.has_bf16 = lambda: NATIVE
+narrow = [torch.randn(40, 30).bfloat16(), torch.randn(50, 30).bfloat16(), torch.randn(50).bfloat16()]
+wide = [t.float().requires_grad_() for t in narrow]
+before = torch.nn.functional.linear(*wide)
+products.use_fp32_products()
+products.use_fp32_products()
+after = torch.nn.functional.linear(*wide)
+assert torch.equal(before, after), "fp32 has changed"
+after.sum().backward()
+used = []
+products._product = lambda out, *rest, inner=products._product: used.append(1) or inner(out, *rest)
+leaves = [t.requires_grad_() for t in narrow]
+torch.nn.functional.linear(*leaves).sum().backward()
+for low, high in zip(leaves, wide):
+    torch.testing.assert_close(low.grad.float(), high.grad, rtol=2**-6, atol=2**-4)
+assert torch.equal(torch.ones(3, 3).long() @ torch.ones(3, 3).long(), torch.full((3, 3), 3))
+print(len(used))
+"""
+
+
+@pytest.mark.parametrize(("native", "used"), [(False, 3), (True, 0)])
+def test_they_replace_the_kernels_only_where_bf16_is_not_native(native: bool, used: int) -> None:
+    """In a process of its own: forward and both gradients of a linear layer go through them."""
+    source = INSTALLED.replace("NATIVE", str(native))
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(used)]
+    assert "warn" not in done.stderr.lower()
