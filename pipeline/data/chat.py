@@ -43,7 +43,7 @@ class Chat:
 
     def prompt_texts(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """``prompt_text`` of each conversation; DataError names the one that the template refuses."""
-        full = [self._with_system(messages) for messages in conversations]
+        full = [self.with_system(messages) for messages in conversations]
         stated = self.recipe.generation_prompt
         try:
             texts = self.tokenizer.apply_chat_template(
@@ -58,7 +58,7 @@ class Chat:
             raise DataError(f"chat template fails on {str(full[0])[:80]}: {error}") from error
         return [text + (stated or "") for text in texts]
 
-    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self.recipe.system is None or messages[0]["role"] == "system":
             return list(messages)
         return [{"role": "system", "content": self.recipe.system}, *messages]

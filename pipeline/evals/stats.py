@@ -57,3 +57,68 @@ def mcnemar(only_first: int, only_second: int) -> float:
         return 1.0
     tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1))
     return min(1.0, float(2 * tail / 2**discordant))
+
+
+def paired_interval(
+    only_first: int, only_second: int, n: int, confidence: float
+) -> tuple[float, float, float]:
+    """Difference of two paired proportions (second minus first) and its interval.
+
+    The adjusted Wald interval of Bonett and Price (2012), which holds its coverage down to few
+    discordant rows: one row is added to each discordant count. The difference itself is not adjusted.
+    ValueError when the counts do not fit ``n``.
+    """
+    if n <= 0 or min(only_first, only_second) < 0 or only_first + only_second > n:
+        raise ValueError(f"{only_first} and {only_second} discordant rows of {n}")
+    first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
+    centre = second - first
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    half = z * math.sqrt((first + second - centre * centre) / (n + 2))
+    return (only_second - only_first) / n, max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def relative_change(
+    before: Sequence[float], after: Sequence[float], confidence: float, seed: int = 0
+) -> tuple[float, float, float]:
+    """sum(after) / sum(before) - 1 over the same rows, and its paired bootstrap interval.
+
+    ValueError when empty or of different lengths; ZeroDivisionError when ``before`` sums to zero.
+    """
+    if not before or len(before) != len(after):
+        raise ValueError(f"{len(before)} and {len(after)} rows; wanted as many, at least one")
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if first.sum() == 0:
+        raise ZeroDivisionError("a change relative to zero")
+    rows = np.random.default_rng(seed).integers(0, len(first), size=(RESAMPLES, len(first)))
+    changes = second[rows].sum(axis=1) / first[rows].sum(axis=1) - 1
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(changes, [tail, 1 - tail])
+    return float(second.sum() / first.sum() - 1), float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Holm 1979), in the given order: each is to be held against the
+    level at which *any* false finding among them all shall be rare."""
+    adjusted, most = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        most = max(most, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = most
+    return adjusted
+
+
+def detectable_difference(discordant: int, n: int, confidence: float, power: float = 0.8) -> float:
+    """The least difference of two paired proportions that ``n`` rows would show with ``power``.
+
+    Connor (1987) for McNemar's test, solved for the difference, at the share of discordant rows seen
+    here (one pair added, so that none seen is not taken for none there). At most 1.
+    """
+    if n <= 0 or not 0 <= discordant <= n:
+        raise ValueError(f"{discordant} discordant rows of {n}")
+    share = (discordant + 2) / (n + 2)
+    z, z_power = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(power)
+    low, high = 0.0, share
+    for _ in range(60):
+        middle = (low + high) / 2
+        needed = z * math.sqrt(share) + z_power * math.sqrt(max(0.0, share - middle * middle))
+        low, high = (middle, high) if middle * math.sqrt(n) < needed else (low, middle)
+    return min(1.0, high)
