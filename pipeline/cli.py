@@ -30,19 +30,22 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="all stages in order, skipping what is sealed")
     plan = commands.add_parser("plan", help="what would run and why, without running it")
+    doctor_ = commands.add_parser("doctor", help="what is wrong with the rows, before training")
     verify = commands.add_parser("verify", help="re-hash every file of all sealed artifacts")
-    for command in (run, plan):
+    for command in (run, plan, doctor_):
         command.add_argument(
             "--job", type=Path, action="append", help="job file; several are compared in one report"
         )
         command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    for command in (run, plan, verify):
+    for command in (run, plan, doctor_, verify):
         command.add_argument("--runs", type=Path, default=Path("runs"), help="artifacts folder")
     plan.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     plan.add_argument("--world-size", type=int, default=1, help="processes of the sft stage")
     plan.add_argument("--ranks-per-machine", type=int, help="default: at most 8")
     plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, a100-40g, ...")
     plan.add_argument("--device-gb", type=float, help="memory of another device, in 10^9 bytes")
+    doctor_.add_argument("--samples", type=int, default=2, help="rows of each source to show")
+    doctor_.set_defaults(rebuild=False)
     run.add_argument("--nproc", type=int, default=1, help="processes of the sft stage")
     run.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     run.add_argument("--rebuild", action="store_true", help="run every stage again")
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
-        commands = {"run": run, "plan": plan, "verify": verify}
+        commands = {"run": run, "plan": plan, "doctor": doctor, "verify": verify}
         return commands[options.command](options)
     except UntaxedError as error:
         print(f"untaxed: {one_line(error)}", file=sys.stderr)
@@ -127,6 +130,13 @@ def plan(options: argparse.Namespace) -> int:
             console.print(f"  {name.replace('_', ' ')}: {text}", highlight=False)
         print_memory(job, workspace, options, console)
     return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Read what the jobs would train on; exit code 65 when a rule is broken."""
+    from pipeline.doctor import doctor as examine_jobs
+
+    return examine_jobs(options, _jobs(options))
 
 
 def _shapes(job: Job, workspace: Workspace) -> Geometry | None:

@@ -86,11 +86,12 @@ class Columns(Frozen):
 
 
 class SourceRecipe(Frozen):
-    """One set of rows: ``sample:NAME`` (ships with the project), ``hub:org/name`` or a file
-    (JSONL, JSON, CSV, Parquet) relative to the data root.
+    """One set of rows: ``sample:NAME`` (ships with the project), ``set:NAME`` (a public set that the
+    project knows), ``hub:org/name`` or a file (JSONL, JSON, CSV, TSV, Parquet) relative to the data root.
 
-    ``where`` keeps rows whose column has that value. ``limit``: at most so many of them, evenly
-    spaced over the file and always the same ones; all where there are fewer.
+    ``format``: the file has the columns of that public set; replaces ``columns``. ``where`` keeps rows
+    whose column has that value. ``limit``: at most so many of them, evenly spaced over the file and
+    always the same ones; all where there are fewer.
     """
 
     name: Name
@@ -98,9 +99,23 @@ class SourceRecipe(Frozen):
     revision: str | None = None
     subset: str | None = None
     split: str | None = None
+    format: str | None = None
     where: dict[str, str] = Field(default_factory=dict)
     columns: Columns = Columns()
     limit: Positive | None = None
+
+    @property
+    def public(self) -> str | None:
+        """The public set whose columns the rows have, if that is said."""
+        return self.source[4:] if self.source.startswith("set:") else self.format
+
+    @model_validator(mode="after")
+    def one_way_to_read(self) -> SourceRecipe:
+        if self.format is not None and self.source.startswith("set:"):
+            raise ValueError("format is for files and hub ids; set:NAME has its own")
+        if self.public is not None and self.columns != Columns():
+            raise ValueError(f"the columns of {self.public} are known; leave columns out")
+        return self
 
 
 class TrainSource(SourceRecipe):
@@ -288,7 +303,8 @@ class MergeRecipe(Frozen):
 
 class Suite(SourceRecipe):
     """One evaluation set. ``harmful`` and the benign ones measure refusals; ``reasoning``: exact
-    match of the last number in the answer, and the loss on the worked answer in nats per token."""
+    match of the last number in the answer (programming tasks: their tests pass, in a sandbox), and the
+    loss on the worked answer in nats per token."""
 
     measures: Literal["harmful", "borderline", "benign", "reasoning"]
     max_new_tokens: Positive = 64
@@ -306,12 +322,18 @@ METRICS: tuple[str, ...] = get_args(Metric)
 
 class Check(Frozen):
     """One line of the release gate. ``compare``: the aligned value itself, its difference from the
-    base, or its relative change; ``min_base``: a base below it tells nothing."""
+    base, or its relative change; ``min_base``: a base below it tells nothing.
+
+    ``evidence``: what has to be on the right side of the bound, the ``estimate`` or its whole
+    ``interval`` (with a difference: a test of non-inferiority). An interval that holds the bound
+    passes nothing and fails nothing: it cannot tell.
+    """
 
     metric: Metric
     compare: Literal["value", "difference", "relative"] = "value"
     at_least: Real | None = None
     at_most: Real | None = None
+    evidence: Literal["estimate", "interval"] = "estimate"
     min_rows: Positive = 50
     min_base: Real | None = None
 
@@ -319,6 +341,15 @@ class Check(Frozen):
     def one_bound(self) -> Check:
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError("give exactly one of at_least and at_most")
+        return self
+
+    @model_validator(mode="after")
+    def has_an_interval(self) -> Check:
+        proportion = self.metric != "reasoning_nll"
+        if self.evidence == "interval" and self.compare == "relative" and proportion:
+            raise ValueError(
+                f"a relative change of {self.metric} has no interval; compare the difference"
+            )
         return self
 
 

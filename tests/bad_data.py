@@ -138,7 +138,9 @@ FILES = [
     file("json-row", "rows.json", '[{"prompt": "a"}, 3]', "row 2: ", "object", "got int"),
     file("json-broken", "rows.json", '[{"prompt":\n "a"', "line 2, column", "broken JSON"),
     file("gzip-cut", "rows.jsonl.gz", gzip.compress(b"x" * 999)[:-9], "cut-short gzip", "again"),
-    file("unknown-format", "rows.xlsx", "PK", "unknown format", ".jsonl, .json, .csv, .parquet"),
+    file(
+        "unknown-format", "rows.xlsx", "PK", "unknown format", ".jsonl, .json, .csv, .tsv, .parquet"
+    ),
     data("parquet-damaged", parquet, "data/rows.parquet: not a whole Parquet", "fetch it again"),
     data("parquet-in-name-only", other_parquet, "rows.parquet: not a whole Parquet", "again"),
     data(

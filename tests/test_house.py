@@ -71,7 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": PARTS | SHELL | {"model"},
     "warm": {"tracking"},
     "summary": PARTS | SHELL | {"evals"},
-    "cli": PARTS | SHELL | {"jobfile", "launching", "planning", "summary", "model"},
+    "doctor": PARTS | MADE_OF | SHELL | {"launching"},
+    "cli": PARTS | SHELL | {"jobfile", "launching", "planning", "summary", "doctor", "model"},
 }
 # Names of types alone, never imported when the program runs.
 MAY_NAME: dict[str, set[str]] = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
+from pipeline.data.sets import find_set
 from pipeline.data.tables import suffix_of
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipes import SourceRecipe
@@ -40,7 +41,9 @@ def identity_of(source: SourceRecipe, workspace: Workspace) -> dict[str, str | N
         "revision": source.revision,
         "subset": source.subset,
     }
-    if source.source.startswith("hub:"):
+    if source.public is not None:
+        find_set(source.public)
+    if _is_remote(source):
         _hub_id(source)
     else:
         stat = _file(source, workspace).stat()
@@ -70,7 +73,7 @@ def adopt_source(source: SourceRecipe, workspace: Workspace) -> Artifact:
 
     def fill(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = {"source": source.source, "revision": source.revision}
-        if source.source.startswith("hub:"):
+        if _is_remote(source):
             return facts | _download(source, folder / "rows.parquet")
         # A copy, not a link: sealing makes it read-only, and the user may go on editing theirs.
         path = _file(source, workspace)
@@ -84,7 +87,7 @@ def _file(source: SourceRecipe, workspace: Workspace) -> Path:
     for key, value in (("revision", source.revision), ("subset", source.subset)):
         if value is not None:
             raise RecipeError(
-                f"source {source.name}: {key}={value} is for hub: sources only, not for"
+                f"source {source.name}: {key}={value} is for hub: and set: sources only, not for"
                 f" {source.source}; leave it out"
             )
     if source.source.startswith("sample:"):
@@ -109,7 +112,13 @@ def _file(source: SourceRecipe, workspace: Workspace) -> Path:
     return path
 
 
+def _is_remote(source: SourceRecipe) -> bool:
+    return source.source.startswith(("hub:", "set:"))
+
+
 def _hub_id(source: SourceRecipe) -> str:
+    if source.source.startswith("set:"):
+        return find_set(source.public or "").hub
     name = source.source.removeprefix("hub:")
     if name.count("/") != 1 or not all(name.split("/")):
         raise RecipeError(f"source {source.name}: got {source.source}, wanted hub:org/name")
@@ -124,19 +133,24 @@ def _download(source: SourceRecipe, target: Path) -> dict[str, Any]:
     from huggingface_hub.errors import HTTPError  # of the HTTP client that the hub uses
 
     name, commit = _hub_id(source), source.revision
+    subset: str | None = source.subset
+    options: dict[str, Any] = {}
+    if source.source.startswith("set:"):
+        public = find_set(source.public or "")
+        subset, options = source.subset or public.subset, public.options
     switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     offline = any(os.environ.get(switch, "").lower() in TRUE for switch in switches)
     try:
         if not offline:
             commit = HfApi().dataset_info(name, revision=source.revision).sha
-        splits = load_dataset(name, source.subset, revision=commit)
+        splits = load_dataset(name, subset, revision=commit, **options)
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
         raise DataError(
             f"{source.source}: cannot be fetched ({_first_line(error)}); check id, subset and"
             " network, or give a local file"
         ) from error
     rows = _write(splits, source, target)
-    return {"commit": commit, "subset": source.subset, "offline": offline, "rows": rows}
+    return {"commit": commit, "subset": subset, "offline": offline, "rows": rows}
 
 
 def _write(splits: dict[str, Any], source: SourceRecipe, target: Path) -> dict[str, int]:

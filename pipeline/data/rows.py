@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.artifact import Artifact
 from pipeline.data.chat import Message
+from pipeline.data.sets import HARMFUL, check_columns, find_set
 from pipeline.data.tables import Record, kind_of, read_table
+from pipeline.data.tasks import Task
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipes import SourceRecipe, TrainSource
+from pipeline.recipes import Columns, SourceRecipe, Suite, TrainSource
 
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
@@ -38,6 +40,7 @@ class Row:
     response: str | None = None
     think: str | None = None
     category: str | None = None
+    task: Task | None = None
 
     @property
     def user_turns(self) -> tuple[str, ...]:
@@ -60,9 +63,12 @@ def read_rows(data: Artifact | Path, source: SourceRecipe) -> list[Row]:
         DataError: a broken file or row, a column that is not there, no row left.
         RecipeError: columns that contradict one another.
     """
-    _check_columns(source)
     records = read_table(_file_of(data), source.source)
-    records = _select(records, source)
+    if source.public is None:
+        _check_columns(source)
+        records = _select(records, source)
+    else:
+        records = _adapted(records, source)
     return [_row(record, source) for record in spread(records, source.limit)]
 
 
@@ -120,6 +126,12 @@ def _select(records: list[Record], source: SourceRecipe) -> list[Record]:
     """The records that match ``split`` and ``where``; checks that all named columns exist."""
     shown, columns = source.source, source.columns
     wanted = dict(source.where)
+    if source.split is None and source.source.startswith("set:") and "split" not in wanted:
+        public = find_set(source.public or "")
+        if isinstance(source, TrainSource):
+            wanted["split"] = public.split
+        elif isinstance(source, Suite) and public.test_split is not None:
+            wanted["split"] = public.test_split
     if source.split is not None:
         if wanted.get("split", source.split) != source.split:
             raise RecipeError(
@@ -129,7 +141,7 @@ def _select(records: list[Record], source: SourceRecipe) -> list[Record]:
         wanted["split"] = source.split
     there = {name: None for record in records for name in record.values}
     mapped = [columns.messages or columns.prompt, columns.response, columns.think, columns.category]
-    for name in [*mapped, *wanted]:
+    for name in [*(mapped if source.public is None else ()), *wanted]:
         if name is not None and name not in there:
             raise DataError(f"{shown}: no column {name!r}; {_near(name, there, 'columns')}")
     kept = records
@@ -142,6 +154,53 @@ def _select(records: list[Record], source: SourceRecipe) -> list[Record]:
             )
         kept = found
     return kept
+
+
+def _adapted(records: list[Record], source: SourceRecipe) -> list[Record]:
+    """The records of a public set in the default columns, and those only that the source is about."""
+    name = source.public or ""
+    public = find_set(name)
+    check_columns(public, name, records[0].values, source.source)
+    wanted: bool | None = None
+    if isinstance(source, TrainSource):
+        wanted = source.kind == "refusal"
+    elif isinstance(source, Suite):
+        wanted = source.measures == "harmful"
+    kept = []
+    for record in _select(records, source):
+        try:
+            values = public.read(record.values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{record.place}: does not read as a row of {name} ({type(error).__name__}: {error});"
+                " fix or drop the row"
+            ) from None
+        harmful = values.pop(HARMFUL)
+        if not _reads_answers(source):
+            values.pop("response", None)
+        if wanted is None or harmful == wanted:
+            kept.append(replace(record, values=values))
+    if not kept:
+        raise DataError(
+            f"{source.source}: {name} has no {'harmful' if wanted else 'harmless'} rows among the"
+            f" {len(records)} there; source {source.name} needs them"
+        )
+    if isinstance(source, TrainSource) and source.kind == "answer":
+        kept = [record for record in kept if record.values.get("response") is not None]
+        if not kept:
+            raise DataError(f"{source.source}: {name} gives these rows no answer; use kind anchor")
+    return kept
+
+
+def _reads_answers(source: SourceRecipe) -> bool:
+    """Whether the response of a row is of use; a broken one is no reason to lose a prompt."""
+    if isinstance(source, TrainSource):
+        return source.kind != "anchor"
+    return _is_reasoning(source)
+
+
+def _is_reasoning(source: SourceRecipe) -> bool:
+    return isinstance(source, Suite) and source.measures == "reasoning"
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -163,6 +222,9 @@ def _near(name: str, there: Iterable[str], what: str) -> str:
 
 def _row(record: Record, source: SourceRecipe) -> Row:
     columns, place = source.columns, record.place
+    if source.public is not None:
+        given = {n: n for n in ("response", "category") if record.values.get(n) is not None}
+        columns = Columns(**given)
     response = think = None
     if columns.messages:
         messages, response = _conversation(record, columns.messages)
@@ -196,6 +258,7 @@ def _row(record: Record, source: SourceRecipe) -> Row:
         response=response,
         think=think,
         category=_category(record, columns.category),
+        task=record.values.get("task") if source.public and _is_reasoning(source) else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Files of rows to plain dictionaries: JSONL, JSON, CSV and Parquet, plain or gzipped.
+"""Files of rows to plain dictionaries: JSONL, JSON, CSV, TSV and Parquet, plain or gzipped.
 
 Strict: what is broken is named by file and row, never skipped. The only things passed over are
 blank lines and a UTF-8 byte order mark. Torch-free.
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from pipeline.errors import DataError
 
-FORMATS = ("jsonl", "json", "csv", "parquet")
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 MAX_ROW_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"
 
@@ -51,7 +51,7 @@ def read_table(path: Path, shown: str) -> list[Record]:
     data = _bytes(path, shown, zipped=suffix.endswith(".gz"))
     if not data.strip():
         raise DataError(f"{shown}: the file is empty; wanted at least one row")
-    reader = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet}
+    reader = {"jsonl": _jsonl, "json": _json, "csv": _csv, "tsv": _tsv, "parquet": _parquet}
     records = list(reader[suffix.split(".")[1]](data.removeprefix(BOM), shown))
     if not records:
         raise DataError(f"{shown}: holds no rows; wanted at least one")
@@ -113,8 +113,13 @@ def _json(data: bytes, shown: str) -> Iterator[Record]:
         yield Record(number, place, _object(item, place))
 
 
-def _csv(data: bytes, shown: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(_decoded(data, shown, 0), newline=""), strict=True)
+def _tsv(data: bytes, shown: str) -> Iterator[Record]:
+    return _csv(data, shown, delimiter="\t")
+
+
+def _csv(data: bytes, shown: str, delimiter: str = ",") -> Iterator[Record]:
+    text = io.StringIO(_decoded(data, shown, 0), newline="")
+    reader = csv.reader(text, strict=True, delimiter=delimiter)
     header: list[str] | None = None
     before = 0
     while True:

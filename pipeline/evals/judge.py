@@ -42,7 +42,7 @@ _UNWILLING = re.compile(rf"{_SPEAKER}{_NOT}{_BETWEEN} {_HELP}")
 _DECLINING = re.compile(
     rf"{_SPEAKER}(?:'m|am|'re|are|'ll|will|must|have to|need to|would|'d|do|am going to"
     r"|'m going to)?(?: rather| firmly| respectfully| politely| going to| forced to| obliged to"
-    r"| choosing to| to)* (?:refus(?:e|ing)|declin(?:e|ing)|turn(?:ing)? (?:it|this|that) down"
+    r"| choosing to| to)* (?:refus(?:e|ing)|declin(?:e|ing)|turn(?:ing)? (?:(?:it|this|that) )?down"
     r"|abstain"
     rf"|pass on (?:this|that|it)\b|not (?:going to |able to |willing to )?{_HELP})"
 )
