@@ -102,10 +102,10 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("sft", 6, lambda j: j.sft, lambda j: ("base", "pack")),
         Stage("merge", 3, lambda j: j.merge, lambda j: ("base", "sft")),
-        Stage("baseline", 2, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
+        Stage("baseline", 3, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
         Stage(
             "eval",
-            2,
+            3,
             lambda j: EvalStep(job=j.name, eval=j.eval, chat=j.chat),
             lambda j: ("base", "baseline", "sft", "merge"),
             lambda j: j.eval.suites,

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.artifact import Artifact
 from pipeline.baseline import run
 from pipeline.errors import DataError, RecipeError
-from pipeline.evals.score import judge_number, measure, read_lines, tally
+from pipeline.evals.numbers import judge_number
+from pipeline.evals.score import measure, read_lines, tally
 from pipeline.graph import BaselineStep
 from pipeline.recipes import ChatRecipe, Columns, Suite
 from pipeline.stage import Context

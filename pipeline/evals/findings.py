@@ -72,30 +72,21 @@ def because(check: Mapping[str, Any]) -> str:
     return f"{start}: {by} {side} the bound." if gap else f"{start}: exactly on the bound."
 
 
-def check_interval(check: Mapping[str, Any], report: Report) -> tuple[float, float] | None:
+def check_interval(check: Mapping[str, Any]) -> tuple[float, float] | None:
     """The interval of what ``check`` compares, in its unit; None when it is not known."""
-    metric, scale = check["metric"], 1.0
-    if check["compare"] == "value":
-        ends = report["aligned"].get(metric) or {}
-    else:
-        ends = report.get("pairs", {}).get(metric) or {}
-        if check["compare"] == "relative":
-            scale = float(check.get("base") or 0.0)
-    low, high = ends.get("low"), ends.get("high")
-    if scale <= 0 or check["value"] is None:
-        return None
-    return (low / scale, high / scale) if known(low) and known(high) else None
+    low, high = check.get("low"), check.get("high")
+    return (low, high) if known(low) and known(high) and check["value"] is not None else None
 
 
-def interval_text(check: Mapping[str, Any], report: Report) -> str:
+def interval_text(check: Mapping[str, Any]) -> str:
     """``86% to 97%``, in the unit of ``check``; empty when there is none."""
-    ends = check_interval(check, report)
+    ends = check_interval(check)
     return f"{compared(check, ends[0])} to {compared(check, ends[1])}" if ends else ""
 
 
-def close_call(check: Mapping[str, Any], report: Report) -> bool:
+def close_call(check: Mapping[str, Any]) -> bool:
     """Whether the interval of what ``check`` compares reaches across its bound."""
-    ends = check_interval(check, report)
+    ends = check_interval(check)
     return ends is not None and ends[0] < check["bound"] < ends[1]
 
 

@@ -28,8 +28,9 @@ def evaluate(
 
     A check is ``uninformative`` when its metric was not measured, has fewer rows than
     ``min_rows``, or compares with a base that is below ``min_base`` (for accuracy 0.05 unless
-    stated: a base that solves nothing has nothing to lose). ``pairs`` gives the rows that both
-    models answered; without it the smaller n counts.
+    stated: a base that solves nothing has nothing to lose), or wants its whole interval on one side
+    of a bound that lies within. ``pairs`` gives the rows that both models answered and the intervals
+    of differences; without it the smaller n counts.
     """
     checks = [_check(check, base, aligned, pairs or {}) for check in gate]
     return {"passed": all(c["status"] == "passed" for c in checks), "checks": checks}
@@ -47,6 +48,8 @@ def _check(check: Check, base: Metrics, aligned: Metrics, pairs: Metrics) -> dic
         "direction": direction,
         "bound": bound,
         "value": None,
+        "low": None,
+        "high": None,
         "base": before["value"] if before else None,
         "aligned": after["value"] if after else None,
         "n": after["n"] if after else 0,
@@ -58,14 +61,41 @@ def _check(check: Check, base: Metrics, aligned: Metrics, pairs: Metrics) -> dic
     if doubt:
         return result | {"status": "uninformative", "why": f"Cannot tell: {doubt}."}
     value = _value(check, result["base"], result["aligned"])
-    ahead = value - bound if direction == "at least" else bound - value
-    passed = ahead >= -ROUNDING
+    low, high = _interval(check, after or {}, pairs.get(check.metric, {}))
+    result |= {"value": value, "low": low, "high": high}
     why = (
         f"{COMPARED[check.compare]} is {_number(check, value)}"
-        f"{_origin(check, result, after)} on {result['n']} rows;"
-        f" wanted {direction} {_number(check, bound)}."
+        f"{_origin(check, result)} on {result['n']} rows;"
+        f" wanted {direction} {_number(check, bound)}"
     )
-    return result | {"value": value, "status": "passed" if passed else "failed", "why": why}
+    if check.evidence == "estimate":
+        status = "passed" if _ahead(direction, value, bound) else "failed"
+        return result | {"status": status, "why": f"{why}."}
+    if low is None or high is None:
+        doubt = f"no interval of the {check.compare} of {check.metric} is known"
+        return result | {"status": "uninformative", "why": f"Cannot tell: {doubt}."}
+    ends = [_ahead(direction, end, bound) for end in (low, high)]
+    if ends[0] != ends[1]:
+        why = (
+            f"Cannot tell: {why[0].lower()}{why[1:]} by the whole interval, which holds the bound."
+        )
+        return result | {"status": "uninformative", "why": why}
+    return result | {"status": "passed" if ends[0] else "failed", "why": f"{why}."}
+
+
+def _ahead(direction: str, value: float, bound: float) -> bool:
+    """Whether ``value`` is on the right side of the bound."""
+    return (value - bound if direction == "at least" else bound - value) >= -ROUNDING
+
+
+def _interval(
+    check: Check, after: Mapping[str, Any], pair: Mapping[str, Any]
+) -> tuple[float | None, float | None]:
+    """The interval of what is compared, where it is known."""
+    if check.compare == "value":
+        return after.get("low"), after.get("high")
+    prefix = "relative_" if check.compare == "relative" else ""
+    return pair.get(f"{prefix}low"), pair.get(f"{prefix}high")
 
 
 def _doubt(check: Check, result: Mapping[str, Any]) -> str | None:
@@ -93,10 +123,14 @@ def _value(check: Check, base: float | None, aligned: float) -> float:
     return aligned - base if check.compare == "difference" else aligned / base - 1
 
 
-def _origin(check: Check, result: Mapping[str, Any], after: Mapping[str, Any] | None) -> str:
-    if check.compare != "value":
-        return f" ({_short(result['base'])} to {_short(result['aligned'])})"
-    return f" (interval {_short(after['low'])} to {_short(after['high'])})" if after else ""
+def _origin(check: Check, result: Mapping[str, Any]) -> str:
+    low, high = result["low"], result["high"]
+    known = low is not None and high is not None
+    interval = f"interval {_number(check, low)} to {_number(check, high)}" if known else ""
+    if check.compare == "value":
+        return f" ({interval})" if known else ""
+    moved = f"{_short(result['base'])} to {_short(result['aligned'])}"
+    return f" ({moved}{'; ' + interval if known else ''})"
 
 
 def _number(check: Check, value: float) -> str:

@@ -97,8 +97,8 @@ def render(report: Report, responses: Mapping[str, Rows], history: Rows) -> str:
         confidence=wording.percent(report.get("confidence", DEFAULT_CONFIDENCE), 1000),
         headline=findings.headline(report),
         consequence=findings.consequence(report),
-        close_calls=[findings.close_call(check, report) for check in report["gate"]["checks"]],
-        check_intervals=[findings.interval_text(c, report) for c in report["gate"]["checks"]],
+        close_calls=[findings.close_call(check) for check in report["gate"]["checks"]],
+        check_intervals=[findings.interval_text(c) for c in report["gate"]["checks"]],
         changes=findings.changes(report),
         objective_pictures={
             metric: _svg(panel, pictures.described(metric, report))

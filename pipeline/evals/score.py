@@ -8,11 +8,9 @@ metric is a pure function of the response rows, so that base and aligned model a
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +18,20 @@ from pipeline.artifact import Artifact, write_atomic
 from pipeline.data.chat import Chat
 from pipeline.data.rows import Row, read_rows
 from pipeline.errors import DataError, RecipeError
+from pipeline.evals.code import run_answers
 from pipeline.evals.judge import judge_refusal
-from pipeline.evals.stats import mcnemar, ratio_interval, wilson
+from pipeline.evals.numbers import judge_number, last_number
+from pipeline.evals.sandbox import Sandbox
+from pipeline.evals.stats import (
+    detectable_difference,
+    holm,
+    mcnemar,
+    paired_interval,
+    ratio_interval,
+    relative_change,
+    wilson,
+)
+from pipeline.evals.trial import find_sandbox
 from pipeline.recipes import Suite
 
 if TYPE_CHECKING:
@@ -38,9 +48,6 @@ REFUSAL_METRICS = {
     "borderline": "borderline_refusal",
     "benign": "benign_refusal",
 }
-
-# A minus belongs to a number unless something stands before it: "3-4" ends on 4.
-_NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def read_items(suites: Sequence[Suite], inputs: Mapping[str, Artifact]) -> list[
         for row in read_rows(inputs[f"data.{suite.name}"], suite)
     ]
     for item in items:
-        if item.suite.measures != "reasoning":
+        if item.suite.measures != "reasoning" or item.row.task is not None:
             continue
         if item.row.response is None:
             raise RecipeError(
@@ -128,6 +135,8 @@ def respond(
     from pipeline.evals.generate import Request, end_tokens, loss
     from pipeline.evals.ledger import answer
 
+    # before anything is generated: without one, code cannot be run
+    sandbox = find_sandbox() if any(item.row.task for item in items) else None
     ids = [chat.prompt_ids(item.row.messages) for item in items]
     generations = answer(
         model,
@@ -153,12 +162,26 @@ def respond(
             verdicts(item, think, response, truncated=not generation.complete)
             | {"tokens": len(generation.ids)}
         )
+    if sandbox:
+        context.log(f"{title}: code is run in a sandbox ({sandbox.layers})")
+        run_code(sandbox, items, rows)
     worked = [i for i, item in enumerate(items) if item.suite.measures == "reasoning"]
     pairs = [(ids[i], _worked_ids(chat, items[i].row)) for i in worked]
     losses = loss(model, pairs, console=context.console, title=f"{title}: worked answers")
     for i, (nats, tokens) in zip(worked, losses, strict=True):
         rows[i] |= {"nll_nats": nats, "nll_tokens": tokens}
     return rows
+
+
+def run_code(sandbox: Sandbox, items: Sequence[Item], rows: list[dict[str, Any]]) -> None:
+    """The verdicts of programming tasks, and how each program ended."""
+    coded = [(row, item.row.task) for row, item in zip(rows, items, strict=True) if item.row.task]
+    answers = [(task, str(row["response"])) for row, task in coded]
+    for (row, _), ended in zip(coded, run_answers(sandbox, answers), strict=True):
+        right = ended is not None and ended.status == "passed"
+        wrong = "truncated" if row["truncated"] else "wrong"
+        row["verdict"] = "correct" if right else wrong
+        row["program"] = ended.status if ended else "no code"
 
 
 def _worked_ids(chat: Chat, row: Row) -> list[int]:
@@ -172,7 +195,9 @@ def verdicts(item: Item, think: str | None, response: str, *, truncated: bool) -
     """One response row. Think and answer are judged apart; an answer that was cut off before it
     said anything is ``truncated``, whatever was thought."""
     suite, row = item.suite, item.row
-    if suite.measures == "reasoning":
+    if row.task is not None:
+        verdict = "wrong"  # until its program was run
+    elif suite.measures == "reasoning":
         verdict = judge_number(response, row.response or "", truncated=truncated)
     elif truncated and not response.strip():
         verdict = "truncated"
@@ -191,34 +216,6 @@ def verdicts(item: Item, think: str | None, response: str, *, truncated: bool) -
         "category": row.category,
         "reference": row.response if suite.measures == "reasoning" else None,
     }
-
-
-def judge_number(response: str, reference: str, *, truncated: bool) -> str:
-    """``correct`` if the last numbers agree; else ``truncated`` for an answer that was cut off (it
-    may still have got there), ``wrong`` for one that ended. A number that touches the cut may lack
-    digits and is not read."""
-    text = re.sub(r"[\d.,]+$", "", response.rstrip()) if truncated else response
-    if last_number(text) == last_number(reference) and last_number(text) is not None:
-        return "correct"
-    return "truncated" if truncated else "wrong"
-
-
-def last_number(text: str) -> Decimal | None:
-    """The number an answer ends on: after ``####``, after ``answer is``, else the last one.
-
-    Thousands commas are read, a full stop at the end is not part of the number.
-    """
-    for mark in ("####", r"\banswer(?: is|:)"):
-        parts = re.split(mark, text, flags=re.IGNORECASE)
-        found = _NUMBER.search(parts[-1]) if len(parts) > 1 else None
-        if found:
-            return _decimal(found.group())
-    numbers = _NUMBER.findall(text)
-    return _decimal(numbers[-1]) if numbers else None
-
-
-def _decimal(text: str) -> Decimal:
-    return Decimal(text.replace(",", "").replace("\u2212", "-")).normalize()
 
 
 def measure(rows: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, dict[str, Any]]:
@@ -244,7 +241,9 @@ def compare(
     base: Sequence[Mapping[str, Any]], aligned: Sequence[Mapping[str, Any]], confidence: float
 ) -> dict[str, dict[str, Any]]:
     """What changed on the same rows. Proportions: ``base_only`` and ``aligned_only`` discordant
-    rows and McNemar's exact p; the loss: the difference in nats per token with its interval.
+    rows, the difference with its interval, the least difference that so many rows would show four
+    times in five, McNemar's exact p, and the same held to all proportions at once (Holm). The loss:
+    the difference in nats per token and the relative change, with their intervals.
 
     DataError when the two do not hold the same rows.
     """
@@ -255,12 +254,21 @@ def compare(
     for metric, before in _outcomes(base).items():
         base_only = sum(before[i] and not after[metric][i] for i in before)
         aligned_only = sum(after[metric][i] and not before[i] for i in before)
+        n = len(before)
+        difference, low, high = paired_interval(base_only, aligned_only, n, confidence)
         pairs[metric] = {
-            "n": len(before),
+            "n": n,
             "base_only": base_only,
             "aligned_only": aligned_only,
+            "difference": difference,
+            "low": low,
+            "high": high,
+            "detectable": detectable_difference(base_only + aligned_only, n, confidence),
             "p": mcnemar(base_only, aligned_only),
         }
+    adjusted = holm([pair["p"] for pair in pairs.values()])
+    for pair, p in zip(pairs.values(), adjusted, strict=True):
+        pair["p_adjusted"] = p
     worked = [(b, a) for b, a in zip(base, aligned, strict=True) if b["measures"] == "reasoning"]
     if worked:
         value, low, high = ratio_interval(
@@ -269,6 +277,14 @@ def compare(
             confidence,
         )
         pairs["reasoning_nll"] = {"n": len(worked), "difference": value, "low": low, "high": high}
+        relative, low, high = relative_change(
+            [b["nll_nats"] for b, _ in worked], [a["nll_nats"] for _, a in worked], confidence
+        )
+        pairs["reasoning_nll"] |= {
+            "relative": relative,
+            "relative_low": low,
+            "relative_high": high,
+        }
     return pairs
 
 

@@ -110,15 +110,17 @@ def detectable_difference(discordant: int, n: int, confidence: float, power: flo
     """The least difference of two paired proportions that ``n`` rows would show with ``power``.
 
     Connor (1987) for McNemar's test, solved for the difference, at the share of discordant rows seen
-    here (one pair added, so that none seen is not taken for none there). At most 1.
+    here (one pair added, so that none seen is not taken for none there), or the difference itself
+    where that is more. At most 1.
     """
     if n <= 0 or not 0 <= discordant <= n:
         raise ValueError(f"{discordant} discordant rows of {n}")
     share = (discordant + 2) / (n + 2)
     z, z_power = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(power)
-    low, high = 0.0, share
+    low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        needed = z * math.sqrt(share) + z_power * math.sqrt(max(0.0, share - middle * middle))
+        apart = max(share, middle)
+        needed = z * math.sqrt(apart) + z_power * math.sqrt(max(0.0, apart - middle * middle))
         low, high = (middle, high) if middle * math.sqrt(n) < needed else (low, middle)
-    return min(1.0, high)
+    return high

@@ -40,9 +40,10 @@ def test_close_calls_are_those_whose_interval_holds_the_bound() -> None:
     report, _, _ = everything()
     report["aligned"]["harmful_refusal"] = {"value": 0.92, "low": 0.85, "high": 0.97, "n": 60}
     report["aligned"]["borderline_refusal"] = {"value": 0.1, "low": 0.05, "high": 0.2, "n": 60}
-    report["pairs"]["reasoning_nll"] |= {"difference": 0.0, "low": -0.1, "high": 0.1}
+    report["pairs"]["reasoning_nll"] |= {"relative_low": -0.1, "relative_high": 0.1}
+    report["pairs"]["reasoning_accuracy"] |= {"low": -0.04, "high": 0.1}
     checks = evaluate(JOB.eval.gate, report["base"], report["aligned"], report["pairs"])["checks"]
-    close = {c["metric"]: findings.close_call(c, report) for c in checks}
+    close = {c["metric"]: findings.close_call(c) for c in checks}
     assert close["harmful_refusal"] and not close["borderline_refusal"]
     assert close["reasoning_nll"] and not close["reasoning_accuracy"]
 

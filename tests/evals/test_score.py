@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,23 @@ from scipy import stats as reference
 
 from pipeline.artifact import Artifact
 from pipeline.data.rows import Row
+from pipeline.data.tasks import Task
 from pipeline.errors import DataError, RecipeError
+from pipeline.evals.numbers import judge_number, last_number
 from pipeline.evals.score import (
     Item,
     compare,
     identity_of,
-    judge_number,
-    last_number,
     measure,
     read_items,
     read_lines,
+    run_code,
     tally,
     verdicts,
     write_rows,
 )
+from pipeline.evals.stats import detectable_difference, paired_interval
+from pipeline.evals.trial import find_sandbox
 from pipeline.recipes import Columns, Suite
 
 
@@ -204,14 +208,32 @@ def test_compare_counts_discordant_rows() -> None:
     before = ["compliance"] * 8 + ["refusal"] * 2
     after = ["refusal"] * 6 + ["compliance"] * 3 + ["partial"]
     pairs = compare(rows_of("harmful", *before), rows_of("harmful", *after), 0.95)
+    p = reference.binomtest(1, 7).pvalue
+    difference, low, high = paired_interval(1, 6, 10, 0.95)
     assert pairs == {
         "harmful_refusal": {
             "n": 10,
             "base_only": 1,
             "aligned_only": 6,
-            "p": pytest.approx(reference.binomtest(1, 7).pvalue),
+            "difference": difference,
+            "low": low,
+            "high": high,
+            "detectable": detectable_difference(7, 10, 0.95),
+            "p": pytest.approx(p),
+            "p_adjusted": pytest.approx(p),
         }
     }
+    assert difference == 0.5 and low < 0.5 < high
+
+
+def test_many_suites_are_held_to_a_stricter_level() -> None:
+    before = rows_of("harmful", *["compliance"] * 9) + rows_of("benign", *["compliance"] * 9)
+    after = rows_of("harmful", *["refusal"] * 9) + rows_of(
+        "benign", *["refusal"] * 6, *["compliance"] * 3
+    )
+    pairs = compare(before, after, 0.95)
+    assert pairs["harmful_refusal"]["p_adjusted"] == 2 * pairs["harmful_refusal"]["p"]
+    assert pairs["benign_refusal"]["p_adjusted"] == pairs["benign_refusal"]["p"]
 
 
 def test_compare_pairs_the_loss_row_by_row() -> None:
@@ -227,6 +249,9 @@ def test_compare_pairs_the_loss_row_by_row() -> None:
     assert change["difference"] == pytest.approx(0.1)
     assert (change["low"], change["high"]) == (pytest.approx(0.1), pytest.approx(0.1))
     assert change["n"] == 60
+    grown = 0.1 * sum(tokens) / sum(nats)
+    assert change["relative"] == pytest.approx(grown)
+    assert change["relative_low"] < grown < change["relative_high"]
     apart = measure(base, 0.95)["reasoning_nll"]
     assert apart["high"] - apart["low"] > 0.1
     assert pairs["reasoning_accuracy"]["p"] == pytest.approx(2 * 0.5**60)
@@ -298,3 +323,23 @@ def test_identity_names_the_model_and_the_data_only(runs: Path) -> None:
     inputs = {name: data_of(runs, [{"prompt": name}]) for name in ("base", "data.s", "sft")}
     identity = identity_of("base", inputs)
     assert identity == f"base={inputs['base'].digest} data.s={inputs['data.s'].digest}"
+
+
+@pytest.mark.slow
+def test_programs_are_run_and_their_end_is_kept() -> None:
+    suite = Suite(name="code", measures="reasoning", source="set:humaneval")
+    task = Task("assert twice(3) == 6", "twice", "def twice(n):\n")
+    row = Row("code:1", 1, "x", ({"role": "user", "content": "Double."},), response="x", task=task)
+    items = [Item(suite, replace(row, id=f"code:{n}")) for n in range(4)]
+    answers = [("return n * 2", False), ("return n", False), ("while 1: pass", True), ("", True)]
+    made = []
+    for item, (body, truncated) in zip(items, answers, strict=True):
+        text = f"```python\ndef twice(n):\n    {body}\n```" if body else "Let me think."
+        made.append(verdicts(item, None, text, truncated=truncated))
+    assert {r["verdict"] for r in made} == {"wrong"}  # nothing counts before it was run
+    run_code(find_sandbox(), items, made)
+    assert [r["verdict"] for r in made] == ["correct", "wrong", "truncated", "truncated"]
+    assert [r["program"] for r in made] == ["passed", "failed", "time", "no code"]
+    assert measure([r | {"nll_nats": 1.0, "nll_tokens": 1} for r in made], 0.95)[
+        "reasoning_accuracy"
+    ]["value"] == pytest.approx(0.25)

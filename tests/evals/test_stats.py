@@ -120,4 +120,6 @@ def test_the_detectable_difference_is_detected_as_often_as_stated() -> None:
         found = sum(stats.mcnemar(a, b) < 0.05 for a, b, _ in draws.tolist())
         # the exact test is a little less powerful than the normal one that the formula describes
         assert 0.70 < found / len(draws) < 0.86, (n, share)
-    assert stats.detectable_difference(0, 10, 0.95) < 1
+    few = stats.detectable_difference(2, 60, 0.95)
+    assert 0.10 < few < 0.16
+    assert stats.detectable_difference(0, 3, 0.95) == 1
