@@ -5,6 +5,18 @@ Each prints ESCAPED when it got what it wanted. ``HOST`` is a folder of the host
 which the host listens, ``PARENT`` the process that runs the sandbox.
 """
 
+import shutil
+
+import pytest
+
+from pipeline.evals.jail import landlock_version
+from pipeline.evals.sandbox import LEAST_LANDLOCK
+
+needs_a_sandbox = pytest.mark.skipif(
+    landlock_version() < LEAST_LANDLOCK and not shutil.which("bwrap"),
+    reason="neither bubblewrap nor a kernel with Landlock",
+)
+
 START = """
 import ctypes, errno, os, resource, signal, socket, subprocess, sys, threading, time
 libc = ctypes.CDLL(None, use_errno=True)

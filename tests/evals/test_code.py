@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+from escapes import needs_a_sandbox
 
 from pipeline.data.rows import read_rows
 from pipeline.data.tasks import Task
@@ -62,6 +63,7 @@ def outcomes(answers: list[tuple[Task, str]]) -> list[str | None]:
     return [ended and ended.status for ended in run_answers(find_sandbox(), answers)]
 
 
+@needs_a_sandbox
 def test_answers_are_run_and_prose_is_not() -> None:
     right, wrong = f"```python\n{WHOLE}\n```", f"```python\n{WHOLE} + 1\n```"
     answers = [(TASK, right), (TASK, wrong), (TASK, "No."), (TASK, "```python\nimport os\n```")]
@@ -76,6 +78,7 @@ def rows_of(file: str, name: str) -> list[tuple[Task, str]]:
     return [(row.task or TASK, row.response or "") for row in rows]
 
 
+@needs_a_sandbox
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "humaneval").is_dir(), reason="no HumanEval below UNTAXED_DATA")
 def test_published_solutions_of_humaneval_pass() -> None:
@@ -89,6 +92,7 @@ def test_published_solutions_of_humaneval_pass() -> None:
     assert outcomes(goes_on) == ["passed"] * 20
 
 
+@needs_a_sandbox
 @pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "mbpp").is_dir(), reason="no MBPP below UNTAXED_DATA")
 def test_published_solutions_of_mbpp_pass() -> None:

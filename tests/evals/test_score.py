@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from escapes import needs_a_sandbox
 from parts import sample_rows, seal_as
 from scipy import stats as reference
 
@@ -325,6 +326,7 @@ def test_identity_names_the_model_and_the_data_only(runs: Path) -> None:
     assert identity == f"base={inputs['base'].digest} data.s={inputs['data.s'].digest}"
 
 
+@needs_a_sandbox
 @pytest.mark.slow
 def test_programs_are_run_and_their_end_is_kept() -> None:
     suite = Suite(name="code", measures="reasoning", source="set:humaneval")
