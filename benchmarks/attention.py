@@ -139,7 +139,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     given = options.parse_args()
-    keep_freed_memory()  # as training does, and the next
+    keep_freed_memory()  # these two as training does
     use_fp32_products()
     tables: dict[str, dict[int, dict[str, float]]] = {}
     for title, ways, passes in (

@@ -124,17 +124,18 @@ def report(data: dict[str, Any]) -> dict[str, Any]:
             "tokens_per_second": spread([run["tokens_per_second"] for run in runs]),
             "rounds": len(runs),
         }
+    agreement: dict[str, int] = {}
     if len(cells) == len(SYSTEMS):
         ours, theirs = (data["runs"][name][-1]["answers"] for name in SYSTEMS)
-        data["same"] = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        data["rows"] = len(ours)
+        agreement["same"] = sum(a == b for a, b in zip(ours, theirs, strict=True))
+        agreement["rows"] = len(ours)
     speed = {name: one["responses_per_minute"]["median"] for name, one in cells.items()}
     ratios = {
         f"untaxed_vs_{name}": speed["untaxed"] / speed[name]
         for name in speed
         if "untaxed" in speed and name != "untaxed"
     }
-    return {"cells": cells, "ratios": ratios}
+    return {"cells": cells, "ratios": ratios} | agreement
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ from pipeline.recipes import Job
 
 SHOWN_ROWS = 8
 SHOWN_CHARACTERS = 700
-BAR, BARS = "#", 24
 SPLITS = ("train", "dev")
 
 

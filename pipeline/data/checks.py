@@ -1,7 +1,7 @@
 """What can be wrong with training text before anything is trained, as findings with row ids.
 
-Every check looks at what pack would hand to training (the same rendering, the same tokens) and says
-which rows break which rule. Torch-free; the judge of refusals is passed in.
+Every check looks at tokens that come from the same ``Chat`` as those of pack, and says which rows break
+which rule. Torch-free; the judge of refusals is passed in.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from queue import SimpleQueue
 from typing import Literal
 
 from pipeline.errors import UntaxedError
+from pipeline.evals.jail import landlock_version
 from pipeline.evals.seccomp import filter_program
 from pipeline.evals.usage import Process, proportional, session, stored, tasks_of
 
@@ -99,9 +100,8 @@ class Sandbox:
     def layers(self) -> str:
         """What holds a program, for reports."""
         around = "bubblewrap, " if self.bubblewrap else ""
-        return (
-            f"{around}Landlock, seccomp, rlimits, {'own uid' if os.geteuid() == 0 else 'same uid'}"
-        )
+        around += "Landlock, " if landlock_version() else ""
+        return f"{around}seccomp, rlimits, {'own uid' if os.geteuid() == 0 else 'same uid'}"
 
     def run(self, source: str, limits: Limits = STANDARD) -> Ended:
         """Run ``source`` as a file of its own; it passes when it gets to its end.

@@ -53,7 +53,7 @@ def find_sandbox() -> Sandbox:
             f" {', '.join(ARCHITECTURES)}; leave the code suites out"
         )
     wrong = []
-    for bubblewrap in (shutil.which("bwrap"), None) if shutil.which("bwrap") else (None,):
+    for bubblewrap in dict.fromkeys((shutil.which("bwrap"), None)):
         for python in dict.fromkeys(
             (os.path.realpath(sys.executable), "/usr/bin/python3", "/usr/local/bin/python3")
         ):
