@@ -85,9 +85,10 @@ def interval_text(check: Mapping[str, Any]) -> str:
 
 
 def close_call(check: Mapping[str, Any]) -> bool:
-    """Whether the interval of what ``check`` compares reaches across its bound."""
+    """Whether a check was decided though the interval of what it compares reaches across its bound."""
     ends = check_interval(check)
-    return ends is not None and ends[0] < check["bound"] < ends[1]
+    decided = check["status"] != "uninformative"
+    return decided and ends is not None and ends[0] < check["bound"] < ends[1]
 
 
 def changes(report: Report) -> list[dict[str, str]]:

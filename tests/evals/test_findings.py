@@ -46,6 +46,11 @@ def test_close_calls_are_those_whose_interval_holds_the_bound() -> None:
     close = {c["metric"]: findings.close_call(c) for c in checks}
     assert close["harmful_refusal"] and not close["borderline_refusal"]
     assert close["reasoning_nll"] and not close["reasoning_accuracy"]
+    check = JOB.eval.gate[0].model_copy(update={"evidence": "interval"})
+    (open_,) = evaluate([check], report["base"], report["aligned"], report["pairs"])["checks"]
+    assert open_["status"] == "uninformative" and not findings.close_call(
+        open_
+    )  # it says so itself
 
 
 def test_allowed_ranges_turn_changes_into_values() -> None:
