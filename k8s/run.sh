@@ -29,7 +29,9 @@ objects=$($kubectl kustomize --load-restrictor LoadRestrictionsNone "$overlay")
 if [ $# -eq 0 ]; then
     set -- prep
     if printf '%s\n' "$objects" | grep -q '^    anchor:'; then set -- "$@" anchor; fi
-    set -- "$@" pack sft merge baseline eval
+    set -- "$@" pack sft
+    if printf '%s\n' "$objects" | grep -q '^    choose:'; then set -- "$@" choose; fi
+    set -- "$@" merge baseline eval
 fi
 
 $kubectl --namespace "$namespace" delete job --selector app.kubernetes.io/name=untaxed --ignore-not-found

@@ -9,16 +9,19 @@ from typing import Any
 
 from pipeline.artifact import Artifact, write_atomic
 from pipeline.data.chat import Chat, check_generation_prompt
+from pipeline.evals.agreement import judges_of
+from pipeline.evals.engines import open_engine
+from pipeline.evals.judges import judge_rows, open_judges
 from pipeline.evals.score import (
     Sampling,
     identity_of,
-    load_for_inference,
     measure,
-    read_items,
     respond,
     tally,
+    twins,
     write_rows,
 )
+from pipeline.evals.verdicts import read_items
 from pipeline.graph import BaselineStep
 from pipeline.model.base import load_tokenizer
 from pipeline.stage import Context, main
@@ -31,25 +34,41 @@ def run(
 ) -> dict[str, Any]:
     """Write responses.jsonl and scores.json under ``out``."""
     check_generation_prompt(recipe.chat)
-    base = inputs["base"]
     items = read_items(recipe.suites, inputs)
-    chat = Chat(load_tokenizer(base.folder), recipe.chat)
+    folder = inputs["base"].folder
+    chat = Chat(load_tokenizer(folder), recipe.chat)
+    sampling = Sampling(
+        recipe.batch_rows, recipe.temperature, recipe.seed, recipe.top_p, recipe.samples
+    )
+    judges = open_judges(recipe.judges, inputs, recipe.batch_rows, context)
+    engine = open_engine(folder, recipe.endpoint, chat, sampling, context)
     rows = respond(
-        load_for_inference(base.folder),
+        engine,
         chat,
         items,
-        Sampling(recipe.batch_rows, recipe.temperature, recipe.seed),
+        sampling,
         context,
         identity=identity_of("base", inputs),
         title="baseline",
     )
+    generation = engine.facts
+    del engine  # its model makes room for those of the judges
+    judge_rows(judges, rows, "baseline")
     metrics = measure(rows, CONFIDENCE)
     write_rows(out / "responses.jsonl", rows)
-    scores = {"confidence": CONFIDENCE, "metrics": metrics, "responses": tally(rows)}
+    scores = {
+        "confidence": CONFIDENCE,
+        "metrics": metrics,
+        "twins": twins(rows, CONFIDENCE),
+        "responses": tally(rows),
+    }
+    if judges:
+        scores["judges"] = judges_of(rows, recipe.judges, CONFIDENCE)
     write_atomic(out / "scores.json", json.dumps(scores, indent=1, sort_keys=True) + "\n")
     for name, metric in metrics.items():
         context.log(f"baseline: {name} {metric['value']:.3f} (n={metric['n']})")
-    return {name: metric["value"] for name, metric in metrics.items()} | {"rows": len(rows)}
+    values = {name: metric["value"] for name, metric in metrics.items()}
+    return values | {"rows": len(rows), "generation": generation}
 
 
 if __name__ == "__main__":

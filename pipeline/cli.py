@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import artifact as art
-from pipeline.errors import DataError, UntaxedError, one_line
+from pipeline.errors import DataError, RecipeError, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
 from pipeline.jobfile import load_job
 from pipeline.launching import ENGINES, engine_of, launch_stage
@@ -31,13 +31,14 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="all stages in order, skipping what is sealed")
     plan = commands.add_parser("plan", help="what would run and why, without running it")
     doctor_ = commands.add_parser("doctor", help="what is wrong with the rows, before training")
+    report = commands.add_parser("report", help="one report over finished jobs, side by side")
     verify = commands.add_parser("verify", help="re-hash every file of all sealed artifacts")
-    for command in (run, plan, doctor_):
+    for command in (run, plan, doctor_, report):
         command.add_argument(
             "--job", type=Path, action="append", help="job file; several are compared in one report"
         )
         command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    for command in (run, plan, doctor_, verify):
+    for command in (run, plan, doctor_, report, verify):
         command.add_argument("--runs", type=Path, default=Path("runs"), help="artifacts folder")
     plan.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     plan.add_argument("--world-size", type=int, default=1, help="processes of the sft stage")
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--device-gb", type=float, help="memory of another device, in 10^9 bytes")
     doctor_.add_argument("--samples", type=int, default=2, help="rows of each source to show")
     doctor_.set_defaults(rebuild=False)
+    report.add_argument("--out", type=Path, help="folder to write it into; default: that of --runs")
     run.add_argument("--nproc", type=int, default=1, help="processes of the sft stage")
     run.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     run.add_argument("--rebuild", action="store_true", help="run every stage again")
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
-        commands = {"run": run, "plan": plan, "doctor": doctor, "verify": verify}
+        commands = {"run": run, "plan": plan, "doctor": doctor, "report": report, "verify": verify}
         return commands[options.command](options)
     except UntaxedError as error:
         print(f"untaxed: {one_line(error)}", file=sys.stderr)
@@ -107,9 +109,31 @@ def run(options: argparse.Namespace) -> int:
                 print(f"untaxed: {job.name}: stage {name} failed (exit {code})", file=sys.stderr)
                 return code
             ran.add(plan_job(job, workspace, adopt=False)[name].folder)
-    report = write_summary([job for _, job in jobs], workspace)
-    print_summary(report, workspace, Console())
+    _summarise([job for _, job in jobs], workspace, workspace.runs)
     return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """One report over jobs that are finished; runs nothing."""
+    workspace = Workspace(options.runs.resolve())
+    out = options.out.resolve() if options.out else workspace.runs
+    if out.exists() and not out.is_dir():
+        raise RecipeError(f"--out {options.out}: is a file; wanted a folder")
+    jobs = _jobs(options)
+    for path, job in jobs:
+        for planned in plan_job(job, workspace, adopt=False).values():
+            state = planned.state()
+            if state != "sealed":
+                raise DataError(
+                    f"{path}: {job.name} is not finished in {options.runs}: {planned.name} {state};"
+                    f" untaxed run --job {path} first"
+                )
+    _summarise([job for _, job in jobs], workspace, out)
+    return 0
+
+
+def _summarise(jobs: list[Job], workspace: Workspace, out: Path) -> None:
+    print_summary(write_summary(jobs, workspace, out), workspace, out, Console())
 
 
 def plan(options: argparse.Namespace) -> int:

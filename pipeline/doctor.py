@@ -21,6 +21,7 @@ from pipeline import artifact as art
 from pipeline.data import checks
 from pipeline.data.chat import Chat
 from pipeline.data.checks import Document, Finding, Model
+from pipeline.data.contamination import Text, texts_of
 from pipeline.data.rows import read_rows
 from pipeline.data.templates import check_chat
 from pipeline.evals.judge import judge_refusal
@@ -92,21 +93,20 @@ def _model(base: Path) -> Model:
     )
 
 
-def _held_out(job: Job, planned: Mapping[str, Planned]) -> dict[str, list[tuple[str, str]]]:
+def _held_out(job: Job, planned: Mapping[str, Planned]) -> dict[str, list[Text]]:
     inputs = planned["eval"].upstream
     return {
-        suite.name: [
-            (row.id, turn)
-            for row in read_rows(art.open_artifact(inputs[f"data.{suite.name}"]), suite)
-            for turn in row.user_turns
-        ]
+        suite.name: texts_of(
+            read_rows(art.open_artifact(inputs[f"data.{suite.name}"]), suite.whole)
+        )
         for suite in job.eval.suites
     }
 
 
 def _budgets(job: Job, made: Sequence[Document]) -> Iterator[Finding]:
     """Suites whose answers would be cut off before the model has done thinking."""
-    thinking = [len(d.target_ids or ()) for d in made if d.row.get("think")]
+    answered = [d for d in made if d.row.get("response") is not None]  # a primer is no answer
+    thinking = [len(d.target_ids or ()) for d in answered if d.row.get("think")]
     if not thinking:
         return
     usual = statistics.median(thinking)

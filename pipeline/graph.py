@@ -9,20 +9,34 @@ from pathlib import Path
 
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
-from pipeline.errors import DataError, UntaxedError
+from pipeline.errors import DataError, RecipeError, UntaxedError
 from pipeline.recipes import (
     AnchorRecipe,
+    BaseRecipe,
     Batch,
     ChatRecipe,
+    ChooseRecipe,
     EvalRecipe,
+    EvalSource,
     Frozen,
     Job,
+    JudgeRecipe,
     PackRecipe,
+    PrepRecipe,
+    ServedModel,
     SourceRecipe,
     Suite,
 )
 
 UNKNOWN = "not adopted yet"
+
+
+class PrepStep(Frozen):
+    """What the prep stage is asked. ``suites``: rows that must not be trained on, none where that is
+    switched off; free of how, and of how many of them, are measured."""
+
+    prep: PrepRecipe
+    suites: tuple[EvalSource, ...]
 
 
 class AnchorStep(Frozen):
@@ -41,6 +55,19 @@ class PackStep(Frozen):
     epochs: int
 
 
+class ChooseStep(Frozen):
+    """What the choose stage is asked: beside its own recipe, what it may not look at (``reported``), and
+    what merge would refuse (``survival_floor``)."""
+
+    choose: ChooseRecipe
+    reported: tuple[EvalSource, ...]
+    chat: ChatRecipe
+    batch_rows: int
+    confidence: float
+    near_duplicate_threshold: float
+    survival_floor: float
+
+
 class BaselineStep(Frozen):
     """What the baseline stage is asked; free of the gate, so that jobs share it."""
 
@@ -48,7 +75,11 @@ class BaselineStep(Frozen):
     chat: ChatRecipe
     batch_rows: int
     temperature: float
+    top_p: float = 1.0
+    samples: int = 1
     seed: int
+    endpoint: ServedModel | None = None
+    judges: tuple[JudgeRecipe, ...] = ()
 
 
 class EvalStep(Frozen):
@@ -61,13 +92,20 @@ class EvalStep(Frozen):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its version (raise it when its output changes), recipe and upstream stages."""
+    """One stage: its version (raise it when its output changes), recipe and upstream stages; and the
+    models besides the base that it loads, by the names of its inputs."""
 
     name: str
     version: int
     recipe: Callable[[Job], Frozen]
     needs: Callable[[Job], tuple[str, ...]]
     sources: Callable[[Job], tuple[SourceRecipe, ...]] = lambda job: ()
+    models: Callable[[Job], Mapping[str, BaseRecipe]] = lambda job: {}
+
+
+def _prep(job: Job) -> PrepStep:
+    suites = sorted((s.whole for s in job.eval.suites), key=lambda suite: suite.name)
+    return PrepStep(prep=job.prep, suites=tuple(suites) if job.prep.decontaminate else ())
 
 
 def _baseline(job: Job) -> BaselineStep:
@@ -77,8 +115,35 @@ def _baseline(job: Job) -> BaselineStep:
         chat=job.chat,
         batch_rows=e.batch_rows,
         temperature=e.temperature,
+        top_p=e.top_p,
+        samples=e.samples,
         seed=e.seed,
+        endpoint=e.endpoint.served("base") if e.endpoint else None,
+        judges=e.judges,
     )
+
+
+def _choose(job: Job) -> ChooseStep:
+    assert job.choose is not None
+    names = EvalSource.model_fields
+    reported = [{name: getattr(suite, name) for name in names} for suite in job.eval.suites]
+    return ChooseStep(
+        choose=job.choose,
+        reported=tuple(EvalSource(**said) for said in reported),
+        chat=job.chat,
+        batch_rows=job.eval.batch_rows,
+        confidence=job.eval.confidence,
+        near_duplicate_threshold=job.prep.near_duplicate_threshold,
+        survival_floor=job.merge.survival_floor,
+    )
+
+
+def _chosen(job: Job) -> tuple[str, ...]:
+    return ("choose",) if job.choose else ()
+
+
+def _judges(job: Job) -> dict[str, BaseRecipe]:
+    return {f"judge.{judge.title}": judge.model for judge in job.eval.judges if judge.model}
 
 
 def _conversations(job: Job) -> str:
@@ -92,7 +157,13 @@ def _anchor(job: Job) -> AnchorStep:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("prep", 1, lambda j: j.prep, lambda j: (), lambda j: j.prep.sources + j.prep.exclude),
+        Stage(
+            "prep",
+            2,
+            _prep,
+            lambda j: (),
+            lambda j: (*j.prep.sources, *j.prep.exclude, *_prep(j).suites),
+        ),
         Stage("anchor", 2, _anchor, lambda j: ("base", "prep")),
         Stage(
             "pack",
@@ -101,22 +172,31 @@ STAGES: dict[str, Stage] = {
             lambda j: ("base", _conversations(j)),
         ),
         Stage("sft", 6, lambda j: j.sft, lambda j: ("base", "pack")),
-        Stage("merge", 3, lambda j: j.merge, lambda j: ("base", "sft")),
-        Stage("baseline", 3, _baseline, lambda j: ("base",), lambda j: j.eval.suites),
+        Stage(
+            "choose",
+            1,
+            _choose,
+            lambda j: ("base", _conversations(j), "sft"),
+            lambda j: (*(j.choose.suites if j.choose else ()), *j.eval.suites),
+        ),
+        Stage("merge", 3, lambda j: j.merge, lambda j: ("base", "sft", *_chosen(j))),
+        Stage("baseline", 4, _baseline, lambda j: ("base",), lambda j: j.eval.suites, _judges),
         Stage(
             "eval",
-            3,
+            4,
             lambda j: EvalStep(job=j.name, eval=j.eval, chat=j.chat),
-            lambda j: ("base", "baseline", "sft", "merge"),
+            lambda j: ("base", "prep", "baseline", "sft", *_chosen(j), "merge"),
             lambda j: j.eval.suites,
+            _judges,
         ),
     )
 }
 
 
 def stages_of(job: Job) -> list[str]:
-    """Names of the stages that ``job`` runs, in order."""
-    return [name for name in STAGES if name != "anchor" or job.anchor is not None]
+    """Names of the stages that ``job`` runs, in order: some are there where the job names them."""
+    optional = {"anchor": job.anchor, "choose": job.choose}
+    return [name for name in STAGES if optional.get(name, job) is not None]
 
 
 @dataclass(frozen=True)
@@ -178,6 +258,16 @@ class Planned:
         return "sealed" if sealed else "to run: an input changed since it was sealed"
 
 
+def _adopted(model: BaseRecipe, label: str, workspace: Workspace, adopt: bool) -> Artifact | None:
+    """A model besides the base, adopted as one; what is wrong with it is said of ``label``."""
+    from pipeline.model.base import adopt_base, find_base
+
+    try:
+        return (adopt_base if adopt else find_base)(model, workspace)
+    except (DataError, RecipeError) as error:
+        raise type(error)(str(error).replace("base.source=", f"{label}: model.source=")) from error
+
+
 def plan_job(job: Job, workspace: Workspace, *, adopt: bool) -> dict[str, Planned]:
     """Keys and folders of all stages of ``job``, in order.
 
@@ -198,9 +288,14 @@ def plan_job(job: Job, workspace: Workspace, *, adopt: bool) -> dict[str, Planne
         upstream_keys = {need: keys[need] for need in upstream}
         for source in stage.sources(job):
             data = (adopt_source if adopt else find_source)(source, workspace)
-            label = f"data.{source.name}" if isinstance(source, Suite) else f"rows.{source.name}"
+            kind = "data" if isinstance(source, EvalSource) else "rows"
+            label = f"{kind}.{source.name}"
             upstream[label] = data.folder if data else runs / f"data-{UNKNOWN}"
             upstream_keys[label] = data.manifest.key if data else ""
+        for label, model in stage.models(job).items():
+            found = _adopted(model, label, workspace, adopt)
+            upstream[label] = found.folder if found else runs / f"base-{UNKNOWN}"
+            upstream_keys[label] = found.manifest.key if found else ""
         recipe = stage.recipe(job)
         key = ""
         if all(upstream_keys.values()):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipeline.errors import DataError, RecipeError
 from pipeline.files import link_or_copy
 from pipeline.model import merging, probes
 from pipeline.model.card import model_card
+from pipeline.model.epochs import open_epochs
 from pipeline.model.merging import Plan
 from pipeline.model.shards import INDEX, NARROW, Checkpoint, open_checkpoint
 from pipeline.model.survival import Proof
@@ -40,7 +40,8 @@ WRITTEN_HERE = ("README.md", "certificate.json", art.MANIFEST)
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged into what: the opened base, the epoch's folder and the plan."""
+    """What is merged into what: the opened base, the epoch's folder and the plan. ``chosen``: what the
+    choose stage said, where it chose epoch and scale."""
 
     base: Artifact
     checkpoint: Checkpoint
@@ -49,6 +50,7 @@ class Merge:
     trained: Path
     plan: Plan
     scale: float
+    chosen: dict[str, str] | None = None
 
 
 def run(
@@ -58,8 +60,9 @@ def run(
     merge = _plan(recipe, inputs)
     files = merging.touched(merge.checkpoint, merge.plan)
     context.log(
-        f"merge: epoch {merge.epoch}, {len(merge.plan.updates)} of {len(merge.checkpoint.where)}"
-        f" tensors change, in {len(files)} of {len(merge.checkpoint.shards)} files"
+        f"merge: epoch {merge.epoch} at scale {merge.scale:g}, {len(merge.plan.updates)} of"
+        f" {len(merge.checkpoint.where)} tensors change, in {len(files)} of"
+        f" {len(merge.checkpoint.shards)} files"
     )
     proof = _write(merge, recipe, out, context)
     logits = _probe(merge, proof, out)
@@ -88,60 +91,26 @@ def run(
 
 
 def _plan(recipe: MergeRecipe, inputs: Mapping[str, Artifact]) -> Merge:
-    from transformers import AutoConfig
-
-    base, sft = inputs["base"], inputs["sft"]
-    epoch, file = find_epoch(sft, recipe.epoch)
-    full = file.endswith("/model.safetensors")
-    for name in (file,) if full else (file, f"epoch-{epoch}/adapter_config.json"):
-        if art.hash_file(sft.path(name)) != sft.manifest.files[name]:
-            raise DataError(
-                f"{sft.folder / name}: content changed since it was sealed; run sft with --rebuild"
-            )
-    try:
-        config = AutoConfig.from_pretrained(base.folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{base.folder}: config.json cannot be used: {error}") from error
-    if getattr(config, "quantization_config", None):
-        raise DataError(
-            f"{base.folder}: the base is quantized; merging into rounded weights ruins them: use"
-            " the 16-bit base"
-        )
-    checkpoint = open_checkpoint(base.folder)
-    tied = bool(config.tie_word_embeddings)
-    trained = sft.path(file).parent
-    if not full:
-        plan = merging.plan_adapter(
-            checkpoint, trained, base_digest=base.digest, scale=recipe.scale, tied=tied
-        )
-    elif recipe.scale != 1.0:
-        raise RecipeError(
-            f"merge.scale={recipe.scale} needs an adapter, and {file} is full fine-tuning; leave"
-            " merge.scale at 1"
-        )
-    else:
-        plan = merging.plan_full(checkpoint, sft.path(file), tied=tied)
-    return Merge(base, checkpoint, config, epoch, trained, plan, recipe.scale)
-
-
-def find_epoch(sft: Artifact, wanted: int | None) -> tuple[int, str]:
-    """The wanted epoch (None: the last) and the file that holds it."""
-    found: dict[int, list[str]] = {}
-    for name in sft.manifest.files:
-        match = re.fullmatch(r"epoch-(\d+)/(adapter_model|model)\.safetensors", name)
-        if match:
-            found.setdefault(int(match.group(1)), []).append(name)
-    if not found:
-        raise DataError(f"{sft.folder}: holds no epoch-N/adapter_model.safetensors; run sft again")
-    last = sft.facts.get("epochs", max(found))
-    if max(found) != last:
-        raise DataError(f"{sft.folder}: sealed with {last} epochs, holds {sorted(found)}")
-    epoch = last if wanted is None else wanted
-    if epoch not in found:
-        raise RecipeError(f"merge.epoch={epoch}: training sealed epochs {sorted(found)}")
-    if len(found[epoch]) != 1:
-        raise DataError(f"{sft.folder}: epoch {epoch} has both an adapter and full weights")
-    return epoch, found[epoch][0]
+    epochs = open_epochs(inputs["base"], inputs["sft"])
+    epoch, scale, choice = recipe.epoch or epochs.last, recipe.scale, inputs.get("choose")
+    chosen = None
+    if choice is not None:
+        found = json.loads(choice.path("choice.json").read_text(encoding="utf-8"))
+        epoch, scale = int(found["chosen"]["epoch"]), float(found["chosen"]["scale"])
+        chosen = {"choice_digest": choice.digest, "verdict": found["verdict"]}
+    if epoch not in epochs.files:
+        raise RecipeError(f"merge.epoch={epoch}: training sealed epochs {sorted(epochs.files)}")
+    plan = epochs.plan(epoch, scale)
+    return Merge(
+        inputs["base"],
+        epochs.checkpoint,
+        epochs.config,
+        epoch,
+        epochs.folder(epoch),
+        plan,
+        scale,
+        chosen,
+    )
 
 
 def _write(merge: Merge, recipe: MergeRecipe, out: Path, context: Context) -> Proof:
@@ -160,7 +129,7 @@ def _write(merge: Merge, recipe: MergeRecipe, out: Path, context: Context) -> Pr
         )
         context.hashed.update(hashed)
         total = proof.total()
-        if recipe.scale and not total.wanted:
+        if merge.scale and not total.wanted:
             raise DataError(f"{merge.trained}: the update is zero everywhere: nothing was trained")
         if total.share is None or total.share >= recipe.survival_floor:
             return proof
@@ -309,6 +278,7 @@ def _certificate(
             "rounding": float(f"{logits['rounding']:.0e}"),
             "update": float(f"{logits['update']:.0e}"),
         },
+        **({"chosen": merge.chosen} if merge.chosen else {}),
     }
 
 

@@ -120,14 +120,15 @@ def render(row: Mapping[str, Any], chat: Chat) -> dict[str, Any]:
 def render_all(rows: Sequence[Mapping[str, Any]], chat: Chat) -> list[dict[str, Any]]:
     """Conversations as {id, source, kind, ids, trained}; ``trained`` marks the target tokens.
 
-    Raises DataError when nothing is trained or the last trained token is not the end token.
+    Raises DataError when nothing is trained, or an answer that is complete does not end with the end
+    token. A safety primer (thoughts, no response) has none.
     """
     texts = chat.prompt_texts([row["messages"] for row in rows])
     to_encode: list[str] = []
     for row, text in zip(rows, texts, strict=True):
         if row.get("response_ids") is not None:  # the base's own tokens, never retokenised
             continue
-        if row["response"] is None:
+        if row["response"] is None and row.get("complete", True):
             raise DataError(f"row {row['id']}: has no response; anchor rows need the anchor stage")
         to_encode.append(chat.target_text(row.get("think"), row["response"], prompt=text))
     ids = chat.encode([*texts, *to_encode])
@@ -141,7 +142,7 @@ def _document(
     if row.get("response_ids") is not None:
         target = [int(token) for token in row["response_ids"]]
     else:
-        target = [*next(encoded), chat.end_id]
+        target = [*next(encoded), *([] if row["response"] is None else [chat.end_id])]
     complete = row.get("complete", True)
     if not target or (complete and target[-1] != chat.end_id):
         raise DataError(

@@ -1,6 +1,7 @@
-"""Stage 1: raw sources to conversations. Read, check, drop repeats and held-out prompts, split.
+"""Stage 1: raw sources to conversations. Read, check, drop what should not be trained on, split.
 
-Writes ``train.jsonl``, ``dev.jsonl`` and ``sheet.json``: what was read, dropped and kept, and why.
+Writes ``train.jsonl``, ``dev.jsonl``, and what was read, dropped and kept, and why, as
+``sheet.json`` and ``sheet.md`` (data/sheet.py has their shape).
 """
 
 from __future__ import annotations
@@ -8,82 +9,66 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import Artifact
-from pipeline.data.dedup import exact_duplicates, near_duplicates, normalised, overlaps
+from pipeline.data import languages
+from pipeline.data.contamination import Suites, texts_of
+from pipeline.data.dedup import exact_duplicates, near_duplicates, normalised
 from pipeline.data.raw import GENERIC_REFUSALS
 from pipeline.data.rows import Row, read_rows
+from pipeline.data.sheet import STEPS, Part, as_markdown, contamination_check, make_sheet
 from pipeline.data.tables import read_table
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipes import PrepRecipe, TrainSource
+from pipeline.graph import PrepStep
+from pipeline.recipes import PrepRecipe, SourceRecipe, TrainSource
 from pipeline.stage import Context, main
 
 LEAST_ROWS_FOR_DEV = 10
 
 
-@dataclass
-class _Part:
-    """One source on its way through the stage."""
-
-    source: TrainSource
-    rows: list[Row]
-    read: int
-    dropped: list[dict[str, Any]] = field(default_factory=list)
-    dev: list[Row] = field(default_factory=list)
-
-    def drop(self, why: Mapping[str, dict[str, Any]]) -> None:
-        """Drop the rows whose ids are in ``why``, remembering the reason."""
-        self.dropped += [{"id": r.id} | why[r.id] for r in self.rows if r.id in why]
-        self.rows = [r for r in self.rows if r.id not in why]
-
-    def count(self, reason: str) -> int:
-        return sum(entry["why"] == reason for entry in self.dropped)
-
-
 def run(
-    recipe: PrepRecipe, inputs: Mapping[str, Artifact], out: Path, context: Context
+    step: PrepStep, inputs: Mapping[str, Artifact], out: Path, context: Context
 ) -> dict[str, Any]:
-    """Write the conversations of ``recipe``; inputs are ``rows.NAME`` for sources and excludes.
+    """Write the conversations of ``step.prep``; inputs are ``rows.NAME`` for sources and excludes,
+    and ``data.NAME`` for the evaluation suites that must not be trained on.
 
     Raises:
         DataError: a broken row, or a source of which nothing is left.
         RecipeError: a recipe that contradicts itself.
     """
+    recipe = step.prep
     _check(recipe)
-    parts = []
-    for source in recipe.sources:
-        rows = read_rows(inputs[f"rows.{source.name}"], source)
-        parts.append(_Part(source, rows, len(rows)))
-    _drop_long(parts, recipe.max_prompt_characters)
+    parts = [Part(s, read_rows(inputs[f"rows.{s.name}"], s)) for s in recipe.sources]
+    _drop_by_length(parts, recipe)
+    _drop_foreign(parts, recipe.languages)
     _drop_repeats(parts, recipe.near_duplicate_threshold)
-    _drop_excluded(parts, recipe, inputs)
+    excluded = {s.name: read_rows(inputs[f"rows.{s.name}"], s) for s in recipe.exclude}
+    _drop_held_out("excluded", parts, excluded, recipe)
+    suites = {s.name: read_rows(inputs[f"data.{s.name}"], s) for s in step.suites}
+    ignored = _drop_held_out("contaminated", parts, suites, recipe)
+    _drop_over_most(parts, recipe.seed)
     refusals = _generic_refusals()
     for part in parts:
         _check_left(part)
+        part.targets = Counter(_origin(row, part.source, recipe) for row in part.rows)
         part.rows = [_with_target(row, part.source, recipe, refusals) for row in part.rows]
         _split_off_dev(part, recipe)
     train = [row for part in parts for row in _repeated(part)]
     dev = [_record(row, part.source) for part in parts for row in part.dev]
     _write(out / "train.jsonl", train)
     _write(out / "dev.jsonl", dev)
-    sheet = {part.source.name: _summary(part) for part in parts}
-    dropped = [entry for part in parts for entry in part.dropped]
-    text = json.dumps({"sources": sheet, "dropped": dropped}, indent=1)
-    (out / "sheet.json").write_text(text + "\n", encoding="utf-8")
-    for name, one in sheet.items():
-        context.log(
-            f"prep: {name}: {one['read']} read, {one['kept']} kept, {one['train']} to train on,"
-            f" {one['dev']} in dev"
-        )
-    counts = {name: {k: v for k, v in s.items() if type(v) is int} for name, s in sheet.items()}
-    kinds = Counter(row["kind"] for row in train)
-    return {"train": len(train), "dev": len(dev), "kinds": dict(kinds), "sources": counts}
+    against = None
+    if recipe.decontaminate:
+        asked: dict[str, SourceRecipe] = {suite.name: suite for suite in step.suites}
+        sizes = {name: len(rows) for name, rows in suites.items()}
+        against = contamination_check(asked, sizes, ignored, parts)
+    _write_sheet(parts, _checks(recipe, against), out)
+    return _said(parts, train, dev, recipe, context)
 
 
 def _check(recipe: PrepRecipe) -> None:
@@ -98,19 +83,64 @@ def _check(recipe: PrepRecipe) -> None:
             "prep.near_duplicate_threshold=0 would make every pair a duplicate; wanted above 0"
             " (1 drops prompts of the same words only)"
         )
+    least, most = recipe.min_prompt_characters, recipe.max_prompt_characters
+    if least > most:
+        raise RecipeError(
+            f"prep.min_prompt_characters={least} is above prep.max_prompt_characters={most}, which"
+            " keeps nothing; lower the one or raise the other"
+        )
     if recipe.refusal_think is not None and not recipe.refusal_think.strip():
         raise RecipeError("prep.refusal_think is empty; leave it out for refusals without thinking")
     if recipe.refusal_response is not None and not recipe.refusal_response.strip():
         raise RecipeError("prep.refusal_response is empty; leave it out for varied refusals")
+    _check_primer(recipe)
 
 
-def _drop_long(parts: Sequence[_Part], most: int) -> None:
+def _check_primer(recipe: PrepRecipe) -> None:
+    primer = recipe.safety_primer
+    if primer is None:
+        return
+    if not primer or primer != primer.strip():
+        raise RecipeError(
+            f"prep.safety_primer={primer!r} is empty or has white space around it, which would be"
+            " trained too; give it words alone, or leave it out"
+        )
+    for name in ("refusal_think", "refusal_response"):
+        if getattr(recipe, name) is not None:
+            raise RecipeError(
+                f"prep.{name} and prep.safety_primer both say what a refusal row trains; keep one"
+            )
+
+
+def _drop_by_length(parts: Sequence[Part], recipe: PrepRecipe) -> None:
     for part in parts:
-        long = [row for row in part.rows if len(row.prompt) > most]
-        part.drop({r.id: {"why": "over_long", "characters": len(r.prompt)} for r in long})
+        sizes = {row.id: len(row.prompt) for row in part.rows}
+        part.drop(
+            {
+                name: {"why": "too_short", "characters": size}
+                for name, size in sizes.items()
+                if size < recipe.min_prompt_characters
+            }
+        )
+        part.drop(
+            {
+                name: {"why": "over_long", "characters": size}
+                for name, size in sizes.items()
+                if size > recipe.max_prompt_characters
+            }
+        )
 
 
-def _drop_repeats(parts: Sequence[_Part], threshold: float) -> None:
+def _drop_foreign(parts: Sequence[Part], wanted: Sequence[str]) -> None:
+    if not wanted:
+        return
+    language = languages.foreign(wanted)
+    for part in parts:
+        found = {row.id: language(row.prompt) for row in part.rows}
+        part.drop({i: {"why": "language", "language": code} for i, code in found.items() if code})
+
+
+def _drop_repeats(parts: Sequence[Part], threshold: float) -> None:
     """Keep the first of all rows, over all sources, that ask the same."""
     for reason in ("exact_duplicate", "near_duplicate"):
         rows = [row for part in parts for row in part.rows]
@@ -131,47 +161,77 @@ def _drop_repeats(parts: Sequence[_Part], threshold: float) -> None:
             part.drop(why)
 
 
-def _drop_excluded(
-    parts: Sequence[_Part], recipe: PrepRecipe, inputs: Mapping[str, Artifact]
-) -> None:
-    """Drop a row as soon as one of its user turns is, or nearly is, an excluded prompt."""
-    held = [
-        (row.id, turn)
-        for source in recipe.exclude
-        for row in read_rows(inputs[f"rows.{source.name}"], source)
-        for turn in row.user_turns
+def _drop_held_out(
+    reason: str, parts: Sequence[Part], held_out: Mapping[str, Sequence[Row]], recipe: PrepRecipe
+) -> dict[str, int]:
+    """Drop rows that are contaminated by rows of ``held_out``; returns, for each of these sets, how
+    many runs of words are its boilerplate."""
+    suites = Suites({name: texts_of(rows) for name, rows in held_out.items()})
+    texts = [
+        text
+        for part in parts
+        for text in texts_of(part.rows, answered=part.source.kind != "anchor")
     ]
-    turns = [(row.id, turn) for part in parts for row in part.rows for turn in row.user_turns]
-    found = overlaps(
-        [turn for _, turn in turns],
-        [turn for _, turn in held],
-        recipe.near_duplicate_threshold,
-    )
-    why = {
-        turns[m.index][0]: {
-            "why": "excluded",
-            "of": held[m.of][0],
-            "similarity": round(m.similarity, 3),
-        }
-        for m in found
-    }
+    why: dict[str, dict[str, Any]] = {}
+    for hit in suites.find(texts, recipe.near_duplicate_threshold):
+        entry = {"why": reason, "suite": hit.suite, "of": hit.of}
+        if hit.similarity is None:
+            why[texts[hit.index].id] = entry | {"shared": hit.shared}
+        else:
+            why[texts[hit.index].id] = entry | {"similarity": round(hit.similarity, 3)}
     for part in parts:
         part.drop(why)
+    return suites.ignored
 
 
-def _check_left(part: _Part) -> None:
-    if not part.rows:
-        reasons = Counter(entry["why"] for entry in part.dropped)
-        counts = ", ".join(f"{n} {why.replace('_', ' ')}" for why, n in reasons.items())
-        raise DataError(
-            f"{part.source.source}: source {part.source.name} has no rows left of {part.read}"
-            f" ({counts}); give it other rows or take the source out"
-        )
+def _drop_over_most(parts: Sequence[Part], seed: int) -> None:
+    """Where a source has too many rows, keep those first in turn: one of each category, then the
+    next of each. Who comes first hangs on seed and prompt, not on the order of rows."""
+    for part in parts:
+        most = part.source.most
+        if most is None or len(part.rows) <= most:
+            continue
+        taken: defaultdict[str | None, int] = defaultdict(int)
+        turns: list[tuple[int, int, str]] = []
+        for rank, name, category in sorted((_rank(r, seed), r.id, r.category) for r in part.rows):
+            turns.append((taken[category], rank, name))
+            taken[category] += 1
+        late = sorted(turns)[most:]
+        part.drop({name: {"why": "over_most"} for _, _, name in late})
+
+
+def _rank(row: Row, seed: int) -> int:
+    return _hash(seed, normalised(row.prompt))
+
+
+def _check_left(part: Part) -> None:
+    if part.rows:
+        return
+    counts = []
+    for step in STEPS:
+        entries = [entry for entry in part.dropped if entry["why"] == step]
+        if entries:
+            suites = dict.fromkeys(str(entry["suite"]) for entry in entries if "suite" in entry)
+            by = f" by {', '.join(suites)}" if suites else ""
+            counts.append(f"{len(entries)} {step.replace('_', ' ')}{by}")
+    raise DataError(
+        f"{part.source.source}: source {part.source.name} has no rows left of {len(part.dropped)}"
+        f" ({', '.join(counts)}); give it other rows or take the source out"
+    )
 
 
 def _generic_refusals() -> list[str]:
     shown = f"samples/{GENERIC_REFUSALS.name}"
     return [str(record.values["response"]) for record in read_table(GENERIC_REFUSALS, shown)]
+
+
+def _origin(row: Row, source: TrainSource, recipe: PrepRecipe) -> str:
+    """Where the response comes from."""
+    if source.kind == "anchor":
+        return "base"
+    if source.kind == "refusal" and recipe.safety_primer is not None:
+        return "primer"
+    return "generic" if row.response is None else "given"
 
 
 def _with_target(row: Row, source: TrainSource, recipe: PrepRecipe, refusals: Sequence[str]) -> Row:
@@ -180,6 +240,8 @@ def _with_target(row: Row, source: TrainSource, recipe: PrepRecipe, refusals: Se
         return replace(row, response=None, think=None)
     if source.kind == "answer":
         return row
+    if recipe.safety_primer is not None:
+        return replace(row, response=None, think=recipe.safety_primer)
     response = row.response
     if response is None:
         response = recipe.refusal_response or refusals[_hash(row.id) % len(refusals)]
@@ -190,20 +252,20 @@ def _hash(*what: str | int) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(what).encode("ascii")).digest()[:8], "big")
 
 
-def _split_off_dev(part: _Part, recipe: PrepRecipe) -> None:
+def _split_off_dev(part: Part, recipe: PrepRecipe) -> None:
     """Move the rows whose hash of seed and prompt is lowest to dev; one row at least stays."""
     size = len(part.rows)
     dev = math.floor(recipe.dev_fraction * size + 0.5)
     if recipe.dev_fraction > 0 and size >= LEAST_ROWS_FOR_DEV:
         dev = max(dev, 1)
     dev = min(dev, size - 1)
-    ranked = sorted(part.rows, key=lambda row: (_hash(recipe.seed, normalised(row.prompt)), row.id))
+    ranked = sorted(part.rows, key=lambda row: (_rank(row, recipe.seed), row.id))
     chosen = {row.id for row in ranked[:dev]}
     part.dev = [row for row in part.rows if row.id in chosen]
     part.rows = [row for row in part.rows if row.id not in chosen]
 
 
-def _repeated(part: _Part) -> list[dict[str, Any]]:
+def _repeated(part: Part) -> list[dict[str, Any]]:
     """The rows of a source, pass after pass; from the second pass on ids end in ``#PASS``."""
     made = []
     for again in range(1, part.source.repeat + 1):
@@ -214,7 +276,7 @@ def _repeated(part: _Part) -> list[dict[str, Any]]:
 
 
 def _record(row: Row, source: TrainSource) -> dict[str, Any]:
-    return {
+    record = {
         "id": row.id,
         "source": source.name,
         "kind": source.kind,
@@ -223,6 +285,8 @@ def _record(row: Row, source: TrainSource) -> dict[str, Any]:
         "think": row.think,
         "response": row.response,
     }
+    # a safety primer: thoughts that are only begun
+    return record | ({"complete": False} if row.think and row.response is None else {})
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -230,39 +294,50 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii")
 
 
-def _summary(part: _Part) -> dict[str, Any]:
-    kept = part.rows + part.dev
-    categories = Counter(row.category or "none" for row in kept)
-    lengths = {
-        "prompt": [len(row.prompt) for row in kept],
-        "think": [len(row.think) for row in kept if row.think is not None],
-        "response": [len(row.response) for row in kept if row.response is not None],
-    }
+def _checks(recipe: PrepRecipe, against: dict[str, Any] | None) -> dict[str, Any]:
     return {
-        "kind": part.source.kind,
-        "read": part.read,
-        "over_long": part.count("over_long"),
-        "exact_duplicate": part.count("exact_duplicate"),
-        "near_duplicate": part.count("near_duplicate"),
-        "excluded": part.count("excluded"),
-        "kept": len(kept),
-        "dev": len(part.dev),
-        "train": len(part.rows) * part.source.repeat,
-        "repeat": part.source.repeat,
-        "categories": dict(sorted(categories.items())),
-        "characters": {name: _spread(values) for name, values in lengths.items()},
+        "near_duplicates": {
+            "method": "Jaccard similarity of the word sets of two prompts, exact",
+            "threshold": recipe.near_duplicate_threshold,
+        },
+        "contamination": against,
+        "languages": {"wanted": list(recipe.languages), "method": languages.method()}
+        if recipe.languages
+        else None,
     }
 
 
-def _spread(values: Sequence[int]) -> dict[str, float] | None:
-    if not values:
-        return None
+def _write_sheet(parts: Sequence[Part], checks: dict[str, Any], out: Path) -> None:
+    sheet = make_sheet(parts, checks)
+    (out / "sheet.json").write_text(json.dumps(sheet, indent=1) + "\n", encoding="utf-8")
+    (out / "sheet.md").write_text(as_markdown(sheet), encoding="utf-8")
+
+
+def _said(
+    parts: Sequence[Part],
+    train: Sequence[dict[str, Any]],
+    dev: Sequence[dict[str, Any]],
+    recipe: PrepRecipe,
+    context: Context,
+) -> dict[str, Any]:
+    """Say what became of each source; the facts of the stage."""
+    counts = {part.source.name: part.counts() for part in parts}
+    for name, one in counts.items():
+        dropped = ", ".join(f"{one[s]} {s.replace('_', ' ')}" for s in STEPS if one[s])
+        context.log(
+            f"prep: {name}: {one['read']} read, {one['kept']} kept"
+            f"{f' ({dropped})' if dropped else ''}, {one['train']} to train on, {one['dev']} in dev"
+        )
+    if not recipe.decontaminate:
+        context.log("prep: not checked against the evaluation suites: prep.decontaminate is false")
+    kinds = Counter(row["kind"] for row in train)
     return {
-        "rows": len(values),
-        "least": min(values),
-        "median": statistics.median(values),
-        "mean": round(statistics.fmean(values), 1),
-        "most": max(values),
+        "train": len(train),
+        "dev": len(dev),
+        "kinds": dict(kinds),
+        "decontaminated": recipe.decontaminate,
+        "dropped": {step: sum(one[step] for one in counts.values()) for step in STEPS},
+        "sources": counts,
     }
 
 

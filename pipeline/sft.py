@@ -115,6 +115,10 @@ def run(
     return _facts(recipe, engine, context, count, end, named) | {
         "packing_efficiency": round(fill.efficiency, 4),
         "rank_imbalance": round(fill.imbalance, 4),
+        "tokens": {
+            "read": sum(train.lengths[d] for epoch in epochs for step in epoch for d in step),
+            "learned": sum(sum(train.targets(step)) for epoch in epochs for step in epoch),
+        },
     }
 
 

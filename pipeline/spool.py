@@ -267,11 +267,15 @@ def _model(planned: Planned, artifact: Artifact) -> dict[str, str] | None:
 
 
 def _datasets(planned: Planned, inputs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Rows that the stage read: raw sources, and conversations or packed rows of earlier stages."""
-    excluded = {f"rows.{source.name}" for source in getattr(planned.recipe, "exclude", ())}
+    """Rows that the stage read: raw sources, and conversations or packed rows of earlier stages.
+
+    Suites are those of the stages that measure: half of a file may be trained on, and prep would have
+    that file under one name as two things. Of prep, eval reads the data sheet and no row.
+    """
+    excluded = {f"rows.{source.name}" for source in planned.job.prep.exclude}
     for label, digest in inputs.items():
         kind, _, name = label.partition(".")
-        if kind not in DATASETS:
+        if kind not in DATASETS or (kind, planned.name) in {("data", "prep"), ("prep", "eval")}:
             continue
         folder = planned.upstream[label]
         origin = art.open_artifact(folder).manifest.recipe if name else {}

@@ -92,7 +92,7 @@ class Context:
     def log(self, message: str) -> None:
         """Say something to the person watching, once, not once a rank."""
         if self.world.rank == 0:
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(message, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of one step for tracking (rank 0 only)."""

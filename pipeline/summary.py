@@ -1,4 +1,4 @@
-"""The last page of a run: one report over its jobs, beside the artifacts, and a table to end with."""
+"""The last page of a run: one report over its jobs, and a table to end with."""
 
 from __future__ import annotations
 
@@ -16,28 +16,26 @@ from pipeline.recipes import METRICS, Job
 from pipeline.tracking import store_uri
 
 
-def write_summary(jobs: list[Job], workspace: Workspace) -> dict[str, Any]:
-    """Write ``runs/report.json`` and ``runs/report.html``: the first job, compared with the others."""
+def write_summary(jobs: list[Job], workspace: Workspace, out: Path) -> dict[str, Any]:
+    """Write report.json, report.html and plots/ under ``out``: the first job, compared with the others.
+    All of them are finished."""
     from pipeline.evals.report import compare_reports
 
-    reports, responses, history = [], [], []
-    for job in jobs:
-        planned = plan_job(job, workspace, adopt=False)
+    reports, every = [], [plan_job(job, workspace, adopt=False) for job in jobs]
+    for planned in every:
         report = json.loads((planned["eval"].folder / "report.json").read_text(encoding="utf-8"))
         report["seconds"] = {
             name: art.open_artifact(stage.folder).manifest.seconds
             for name, stage in planned.items()
         }
         reports.append(report)
-        responses.append(
-            {
-                "base": _rows(planned["baseline"].folder / "responses.jsonl"),
-                "aligned": _rows(planned["eval"].folder / "responses.jsonl"),
-            }
-        )
-        history.append(_rows(planned["sft"].folder / "metrics.jsonl"))
-    compare_reports(reports, responses[0], history[0], workspace.runs)
-    report = json.loads((workspace.runs / "report.json").read_text(encoding="utf-8"))
+    first = every[0]
+    responses = {
+        "base": _rows(first["baseline"].folder / "responses.jsonl"),
+        "aligned": _rows(first["eval"].folder / "responses.jsonl"),
+    }
+    compare_reports(reports, responses, _rows(first["sft"].folder / "metrics.jsonl"), out)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return dict(report)
 
 
@@ -45,7 +43,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def print_summary(report: dict[str, Any], workspace: Workspace, console: Console) -> None:
+def print_summary(
+    report: dict[str, Any], workspace: Workspace, out: Path, console: Console
+) -> None:
     """Metrics of base and aligned models, the gate, and where to look."""
     reports = [report, *report.get("compare", [])]
     table = Table(title="Untaxed", title_justify="left")
@@ -67,7 +67,7 @@ def print_summary(report: dict[str, Any], workspace: Workspace, console: Console
     spent = "  ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     text = f"seconds: {spent}; in all {sum(seconds.values()):.0f}"
     console.print(text, highlight=False, soft_wrap=True)
-    console.print(f"report: {workspace.runs / 'report.html'}", soft_wrap=True, markup=False)
+    console.print(f"report: {out / 'report.html'}", soft_wrap=True, markup=False)
     uri = shlex.quote(store_uri(workspace.runs))
     console.print(f"MLflow: mlflow ui --backend-store-uri {uri}", soft_wrap=True, markup=False)
 

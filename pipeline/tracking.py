@@ -58,13 +58,13 @@ SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-MOST_METRICS = 1000
-MOST_PARAMS = MOST_TAGS = 100
+MOST_METRICS, MOST_PARAMS, MOST_TAGS = 1000, 100, 100
 DATASET_DIGEST = 36
 FILES = {
-    "prep": ("sheet.json",),
+    "prep": ("sheet.json", "sheet.md"),
     "pack": ("trained.txt",),
     "sft": ("metrics.jsonl",),
+    "choose": ("choice.json", "points.jsonl", "*.png"),
     "merge": ("README.md", "certificate.json"),
     "eval": ("report.json", "report.html", "scores.json", "*.png", "*.svg"),
 }

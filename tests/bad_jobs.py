@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from breaking import Breaking, Case, Place
+from breaking import JOB, Breaking, Case, Place, start
 
 SOURCE = "prep.sources.0"
 CHECK = {"metric": "harmful_refusal"}
+(HARMFUL,) = JOB["eval"]["suites"]
+SPLIT = {"source": "sample:ordinary", "where": {"split": "train"}}
+CHOOSE = {
+    "suites": [{"name": "dev-ordinary", "measures": "benign", **SPLIT}],
+    "wanted": [{"metric": "over_refusal", "at_most": 0.1}],
+}
 
 
 def job(name: str, broken: Breaking, *says: str, stage: str = "prep") -> Case:
@@ -28,6 +34,12 @@ def option(name: str, options: list[str], *says: str, stage: str = "prep") -> Ca
     return job(name, lambda p: options, *says, stage=stage)
 
 
+def choice(name: str, change: dict[str, Any], *says: str, **elsewhere: Any) -> Case:
+    """The choice among adapters cannot be made so; ``elsewhere``: values outside of its section."""
+    values = {"choose": CHOOSE | change} | elsewhere
+    return setting(f"choose-{name}", values, *says, stage="choose")
+
+
 def text(name: str, content: str, *says: str) -> Case:
     """The job file holds this text."""
 
@@ -39,6 +51,11 @@ def text(name: str, content: str, *says: str) -> Case:
 
 def not_utf8(p: Place) -> None:
     (p.folder / "job.yaml").write_bytes(b"name: caf\xe9\n")
+
+
+def primed(p: Place) -> None:
+    p.set(prep__safety_primer="Safety first")
+    assert start("prep", ["--job", str(p.write_job()), "--runs", str(p.runs)]) == 0
 
 
 FILES = [
@@ -118,6 +135,39 @@ VALUES = [
     setting(
         "anchors-unanswered", {"prep__sources__0__kind": "anchor"}, "no anchor section", "job:"
     ),
+    setting("anchors-of-nothing", {"anchor": {}}, "no prep source of kind anchor"),
+    setting(
+        "rewrite-without-instruction",
+        {"anchor": {"rewrite_refusals": {"instruction": " "}}},
+        "anchor.rewrite_refusals: ",
+        "instruction is empty",
+        "leave it out",
+    ),
+    setting(
+        "rewrite-again-and-again-the-same",
+        {"anchor": {"rewrite_refusals": {"tries": 3}}},
+        "anchor: ",
+        "temperature 0 draws nothing",
+        "leave rewrite_refusals.tries out",
+    ),
+    setting(
+        "rewrite-no-refusals",
+        {"anchor": {"rewrite_refusals": {}}, "prep__sources__0__kind": "answer"},
+        "anchor.rewrite_refusals needs a prep source of kind refusal",
+        "leave it out",
+    ),
+    setting(
+        "rewrite-a-primer",
+        {"anchor": {"rewrite_refusals": {}}, "prep__safety_primer": "Safety first"},
+        "prep.safety_primer leaves no refusal to rewrite",
+        "leave anchor.rewrite_refusals out",
+    ),
+    setting(
+        "primer-without-refusals",
+        {"prep__safety_primer": "Safety first", "prep__sources__0__kind": "answer"},
+        "prep.safety_primer needs a prep source of kind refusal",
+        "leave it out",
+    ),
     setting("layers-half-a-range", {"sft__lora__layers": {"first": 1}}, "layers: ", "both"),
     setting(
         "layers-backwards",
@@ -194,10 +244,71 @@ SOURCES = [
         "leave it out",
     ),
     job(
+        "primer-with-white-space",
+        lambda p: p.set(prep__safety_primer="Safety first\n"),
+        "prep.safety_primer='Safety first\\n' is empty or has white space around it",
+        "give it words alone",
+    ),
+    job(
+        "primer-for-a-chat-that-never-thinks",
+        primed,
+        "prep.safety_primer begins a think section",
+        "neither template nor tokenizer has chat.think_open='<think>\\n'",
+        "leave the primer out, or set chat.think_open",
+        stage="pack",
+    ),
+    job(
+        "primer-and-thoughts",
+        lambda p: p.set(prep__safety_primer="Safety first", prep__refusal_think="No."),
+        "prep.refusal_think and prep.safety_primer both say",
+        "keep one",
+    ),
+    job(
         "excluded-under-one-name",
         lambda p: p.set(prep__exclude=[{"name": "train", "source": "sample:harmful"}]),
         "2 entries of sources and exclude are called train",
         "rename all but one",
     ),
 ]
-JOBS = [*FILES, *KEYS, *VALUES, *OPTIONS, *SOURCES]
+BENIGN = CHOOSE["suites"][0]
+CHOICES = [
+    choice("and-scale", {}, "leave merge.epoch", "and merge.scale out", merge__scale=1.0),
+    choice("and-epoch", {}, "leave merge.epoch", "and merge.scale out", merge__epoch=1),
+    choice("and-fp32", {}, "base's precision", "below_floor out", merge__below_floor="fp32"),
+    choice("scales-empty", {"scales": []}, "choose.scales: ", "at least 1 item"),
+    choice("scale-of-zero", {"scales": [1.0, 0]}, "choose.scales.1: ", "greater than 0", "got 0"),
+    choice("scale-negative", {"scales": [-0.5]}, "choose.scales.0: ", "greater than 0"),
+    choice(
+        "scale-twice", {"scales": [0.5, 0.5]}, "choose: ", "scales has a value twice: [0.5, 0.5]"
+    ),
+    choice("epochs-empty", {"epochs": []}, "choose.epochs: ", "at least 1 item"),
+    choice("epoch-beyond", {"epochs": [1, 4]}, "choose.epochs has 4", "sft.epochs=1"),
+    choice(
+        "full", {}, "choose.scales needs an adapter", "set choose.scales: [1.0]", sft__lora=None
+    ),
+    choice("no-bound", {"wanted": []}, "choose.wanted: ", "at least 1 item"),
+    choice(
+        "reported",
+        {"suites": [BENIGN, {**HARMFUL, "name": "dev-harmful", "limit": 2}]},
+        "choose.suites dev-harmful has the rows of eval.suites harmful",
+        "give it rows of its own",
+    ),
+    choice(
+        "name-of-a-reported-one",
+        {"suites": [BENIGN, {**SPLIT, "measures": "benign", "name": "harmful"}]},
+        "choose.suites and eval.suites have two entries of one name",
+        "rename one",
+    ),
+    choice(
+        "bound-on-nothing-measured",
+        {"wanted": [{"metric": "reasoning_nll", "at_most": 2.0}]},
+        "choose.wanted.0: nothing measures reasoning_nll",
+        "measured are benign_refusal, harmful_refusal, over_refusal: add a suite",
+    ),
+    choice("best-of-nothing", {"best": "anchor_nll"}, "choose.best: nothing measures anchor_nll"),
+    choice("no-harmless-rows", {"suites": []}, "choose.wanted.0: nothing measures over_refusal"),
+    choice("no-harmful-rows", {"dev": None}, "choose.best: nothing measures harmful_refusal"),
+    choice("no-split", {}, "choose.best: nothing measures harmful_refusal", prep__dev_fraction=0.0),
+    setting("choose-nothing", {}, "has no choose stage", "add a section choose", stage="choose"),
+]
+JOBS = [*FILES, *KEYS, *VALUES, *OPTIONS, *SOURCES, *CHOICES]

@@ -9,8 +9,10 @@ from typing import Any
 
 from bad_data import lost_tensor
 from breaking import ROOT, Breaking, Case, Place, start
+from parts import sample_rows
 
 from pipeline.artifact import MANIFEST
+from pipeline.data.rows import spread
 
 ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
 
@@ -195,6 +197,21 @@ def base_lost_a_tensor(p: Place) -> None:
     assert start("pack", arguments) == 0
 
 
+def choosing(name: str, source: str, **more: Any) -> Breaking:
+    """A choice on development rows of a file beside the project's own."""
+
+    def broken(p: Place) -> None:
+        reported = [row for row in sample_rows("harmful") if row["split"] == "heldout"]
+        rows = {"ordinary": sample_rows("ordinary")[:6], "copied": spread(reported, 4)}[source]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (p.folder / "data" / "dev.jsonl").write_text(text)
+        suite = {"name": name, "measures": "benign", "source": "data/dev.jsonl"}
+        bound = {"metric": "over_refusal", "at_most": 0.5}
+        p.set(choose={"suites": [suite | {"max_new_tokens": 2}], "wanted": [bound]} | more)
+
+    return broken
+
+
 SECTION = {"zero_optimization": {"stage": 2}}
 TRAINING = [
     Case(
@@ -275,6 +292,28 @@ TRAINING = [
         lambda p: None,
         ("% of the update survives", "merge.survival_floor is 50.0%", "below_floor: fp32"),
         progress=4,
+    ),
+    Case(
+        "choose-among-reported-rows",
+        "choose",
+        65,
+        choosing("copy", "copied"),
+        ("of the 4 rows of copy, 4 ask what a suite that is reported asks", "rows of its own"),
+    ),
+    Case(
+        "choose-what-rounding-takes",
+        "choose",
+        65,
+        choosing("ordinary", "ordinary", scales=[0.5]),
+        ("rounding leaves less than merge.survival_floor=0.5 of the update", "larger update"),
+        progress=5,
+    ),
+    Case(
+        "choose-before-training",
+        "choose",
+        65,
+        lambda p: (choosing("ordinary", "ordinary")(p), p.unseal("sft"))[0],
+        ("needs sft (sft-", "run sft first"),
     ),
     Case(
         "reasoning-without-answers",

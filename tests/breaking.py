@@ -236,7 +236,7 @@ def make_place(folder: Path) -> Place:
     make_base(folder / "base")
     (folder / "data").mkdir()
     place = Place(folder, json.loads(json.dumps(JOB)))
-    rows = spread(sample_rows("harmful"), ROWS)
+    rows = spread([row for row in sample_rows("harmful") if row["split"] == "train"], ROWS)
     place.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--job", str(place.write_job()), "--runs", str(place.runs)]
     for stage in ("prep", "pack", "sft"):

@@ -12,9 +12,12 @@ from chat_templates import CHATML, TEMPLATES, Template, dress
 from pipeline.data import checks
 from pipeline.data.chat import Chat
 from pipeline.data.checks import Finding, Model
+from pipeline.data.contamination import Text
 from pipeline.data.templates import check_chat
 from pipeline.evals.judge import judge_refusal
 from pipeline.recipes import ChatRecipe
+
+TOWERS = "The tallest tower is the one of the old town hall, which has 90 metres."
 
 
 def row(name: str, kind: str, prompt: str, response: str | None, **more: Any) -> dict[str, Any]:
@@ -41,8 +44,10 @@ class Patient:
     vocabulary: int | None = None
     positions: int | None = None
     longest: int = 512
-    held_out: dict[str, list[tuple[str, str]]] = field(
-        default_factory=lambda: {"suite": [("suite:1", "How tall is the tallest tower in town?")]}
+    held_out: dict[str, list[Text]] = field(
+        default_factory=lambda: {
+            "suite": [Text("suite:1", ("How tall is the tallest tower in town?",), (TOWERS,))]
+        }
     )
     rows: list[tuple[str, dict[str, Any]]] = field(
         default_factory=lambda: [
@@ -194,6 +199,10 @@ def evaluated(p: Patient) -> None:
     p.ask(1, "How tall is the tallest tower in this town?")
 
 
+def quoted(p: Patient) -> None:
+    p.change(1, response=f"Four. {TOWERS}")
+
+
 def complying_refusal(p: Patient) -> None:
     p.change(0, response="Sure! First, take a tension wrench and turn it gently.")
 
@@ -264,6 +273,7 @@ PLANTED: list[tuple[Callable[[Patient], None], str, str, tuple[str, ...]]] = [
     (train_and_dev, "apart", "violation", ("r1", "r2")),
     (two_answers, "one answer", "violation", ("r1", "a1")),
     (evaluated, "contamination", "violation", ("a1",)),
+    (quoted, "contamination", "violation", ("a1",)),
     (complying_refusal, "says what it should", "violation", ("r1",)),
     (refusing_answer, "says what it should", "violation", ("a1",)),
     (refusing_anchor, "says what it should", "violation", ("o1",)),

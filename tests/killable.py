@@ -26,6 +26,7 @@ JOB: dict[str, Any] = {
     "name": "killable",
     "prep": {
         "sources": [{"name": "harmful", "kind": "refusal", "source": "rows.jsonl"}],
+        "decontaminate": False,  # its suite is what it trains on
         "dev_fraction": 0.1,
     },
     "sft": {

@@ -108,6 +108,16 @@ def seal_as(
     )
 
 
+def seal_rows(runs: Path, rows: list[dict[str, Any]]) -> Artifact:
+    """``rows`` as an adopted data file."""
+
+    def fill(folder: Path) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "rows.jsonl").write_text(text)
+
+    return seal_as(runs, "data", fill)
+
+
 def conversations(rows: int, *, anchors: int = 0, dev: int = 2) -> Callable[[Path], None]:
     """Writes train.jsonl and dev.jsonl of ``rows`` refusals and ``anchors`` answered anchors."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from parts import ROOT, sample_rows
 
 from pipeline.evals.gate import evaluate
-from pipeline.evals.score import compare, measure, tally
+from pipeline.evals.score import compare, measure, tally, twins
 from pipeline.jobfile import load_job
 
 JOB = load_job(ROOT / "jobs" / "quickstart.yaml")
@@ -35,6 +35,7 @@ def rows_of(shares: Mapping[str, float], seed: int, limit: int = 60) -> list[Row
             hit = chance.random() < shares[suite.measures]
             row = {
                 "suite": suite.name,
+                "source": suite.source,
                 "measures": suite.measures,
                 "id": f"{suite.name}:{index}",
                 "prompt": item["prompt"],
@@ -54,6 +55,7 @@ def _said(measures: str, hit: bool, item: Row, chance: random.Random, nats: floa
         return {
             "response": item["answer"] if hit else "LOST-SUM The answer is 1234.",
             "verdict": "correct" if hit else "wrong",
+            "extracted": "7" if hit else "1234",
             "reference": item["answer"],
             "nll_nats": 20 * chance.gauss(nats, 0.05),
             "nll_tokens": 20,
@@ -75,9 +77,19 @@ def report_of(name: str, base: list[Row], aligned: list[Row]) -> Row:
         "aligned": after,
         "gate": evaluate(JOB.eval.gate, before, after, pairs),
         "pairs": pairs,
+        "twins": {"base": twins(base, 0.95), "aligned": twins(aligned, 0.95)},
         "responses": {"base": tally(base), "aligned": tally(aligned)},
         "confidence": 0.95,
-        "seconds": {"baseline": 140.25, "sft": 412.5, "merge": 9.75},
+        "samples": 1,
+        "generation": {"base": {"engine": "embedded"}, "aligned": {"engine": "embedded"}},
+        "tokens": {
+            "trained": {"read": 98304, "learned": 24576},
+            "generated": {
+                "base": sum(row["tokens"] for row in base),
+                "aligned": sum(row["tokens"] for row in aligned),
+            },
+        },
+        "seconds": {"prep": 1.5, "baseline": 140.25, "sft": 412.5, "merge": 9.75},
         "recipe": {
             "base": JOB.base.source,
             "base_digest": "3f" * 32,

@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from bad_checks import CHECKS
 from bad_data import BASES, DATA
+from bad_endpoint import ENDPOINTS
 from bad_jobs import JOBS
 from bad_machine import AROUND
 from bad_stages import STAGES
@@ -23,7 +25,7 @@ from breaking import JOB, Case, Place, make_place, start
 from pipeline import artifact as art
 from pipeline import cli, stage
 
-CASES: list[Case] = [*JOBS, *DATA, *BASES, *STAGES, *AROUND]
+CASES: list[Case] = [*JOBS, *DATA, *CHECKS, *BASES, *STAGES, *AROUND, *ENDPOINTS]
 LEFT_BEHIND = re.compile(
     r"\.(.+)\.(lock|scratch)|logs|adopted|(base|data)-[0-9a-f]{16}|\.?mlflow\S*"
 )

@@ -104,10 +104,11 @@ def test_scores_are_those_of_the_rows(tmp_path: Path, runs: Path, base: Artifact
     assert scores == {
         "confidence": 0.95,
         "metrics": measure(rows, 0.95),
+        "twins": {},
         "responses": tally(rows),
     }
     values = {name: metric["value"] for name, metric in scores["metrics"].items()}
-    assert facts == values | {"rows": 24}
+    assert facts == values | {"rows": 24, "generation": {"engine": "embedded"}}
     assert set(values) == {
         "harmful_refusal",
         "borderline_refusal",
@@ -133,11 +134,11 @@ def test_batch_size_changes_nothing_that_is_text(
 def test_a_killed_baseline_goes_on(
     tmp_path: Path, runs: Path, base: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.evals import ledger
+    from pipeline.evals import generate as generating
 
     inputs = inputs_of(runs, base)
     whole, _ = scored(tmp_path, inputs, "whole")
-    real, asked = ledger.generate, []
+    real, asked = generating.generate, []
 
     def dies(model: Any, requests: Any, *, done: Any, **options: Any) -> Any:
         def stop(index: int, generation: Any) -> None:
@@ -156,10 +157,10 @@ def test_a_killed_baseline_goes_on(
     scratch = tmp_path / "again.scratch"
     scratch.mkdir()
     step = BaselineStep(suites=SUITES, chat=ChatRecipe(), batch_rows=5, temperature=0.0, seed=0)
-    monkeypatch.setattr(ledger, "generate", dies)
+    monkeypatch.setattr(generating, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
         run(step, inputs, tmp_path / "first", Context(scratch=scratch))
-    monkeypatch.setattr(ledger, "generate", counts)
+    monkeypatch.setattr(generating, "generate", counts)
     out, _ = scored(tmp_path, inputs, "again")
     assert asked[10:] == [14]
     assert (out / "responses.jsonl").read_bytes() == (whole / "responses.jsonl").read_bytes()

@@ -82,7 +82,7 @@ def test_the_command_reads_a_job_and_says_what_is_wrong(
     arguments = ["doctor", "--job", str(folder / "job.yaml"), "--runs", str(tmp_path / "runs")]
     assert cli.main(arguments) == 65  # its only suite is what it trains on
     said = capsys.readouterr().out
-    assert "contamination" in said and "prep.exclude" in said
+    assert "contamination" in said and "prep.decontaminate" in said
     assert ">>>" in said and "<<<" in said
     assert "tokens a row" in said
     assert not list((tmp_path / "runs").glob("pack-*"))

@@ -22,7 +22,8 @@ from pipeline.data.chat import Chat
 from pipeline.errors import DataError
 from pipeline.eval import build_report, load_changed
 from pipeline.evals.gate import evaluate
-from pipeline.evals.score import compare, measure, read_items, read_lines, tally
+from pipeline.evals.score import compare, measure, read_lines, tally, twins
+from pipeline.evals.verdicts import read_items
 from pipeline.graph import Planned, Workspace, plan_job
 from pipeline.jobfile import load_job
 from pipeline.model.base import load_tokenizer
@@ -38,6 +39,7 @@ STAGES = {
     "baseline": baseline.run,
     "eval": eval.run,
 }
+EMBEDDED = {"engine": "embedded"}
 
 
 def job_of(base: Path) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def test_every_stage_is_sealed_from_the_inputs_of_the_graph(chain: dict[str, Pla
         assert set(sealed.inputs) == set(planned.upstream)
         assert art.verify(planned.folder) == len(sealed.files)
     assert set(chain["eval"].upstream) == {
-        *("base", "baseline", "sft", "merge"),
+        *("base", "prep", "baseline", "sft", "merge"),
         *(f"data.{name}" for name in ("harmful", "edge", "ordinary", "sums")),
     }
     runs = chain["eval"].folder.parent
@@ -178,7 +180,8 @@ def test_the_report_is_a_function_of_the_rows(chain: dict[str, Planned]) -> None
         assert facts[f"aligned_{name}"] == report["aligned"][name]["value"]
         assert facts[f"base_{name}"] == report["base"][name]["value"]
     scores = json.loads((chain["eval"].folder / "scores.json").read_text())
-    assert scores == {"base": report["base"], "aligned": report["aligned"]}
+    assert scores == {name: report[name] for name in ("base", "aligned", "twins")}
+    assert report["twins"] == {"base": twins(base, 0.95), "aligned": twins(aligned, 0.95)}
 
 
 def test_the_report_says_what_was_trained_and_merged(chain: dict[str, Planned]) -> None:
@@ -187,11 +190,13 @@ def test_the_report_says_what_was_trained_and_merged(chain: dict[str, Planned]) 
     assert report["job"] == "chain"
     assert (report["engine"], report["world_size"]) == ("single", 1)
     assert report["trainable_parameters"] == 3 * 2 * (64 + 128)
+    assert (report["samples"], report["generation"]) == (1, {"base": EMBEDDED, "aligned": EMBEDDED})
     assert report["recipe"]["merged_digest"] == sealed["merge"].digest
     assert report["recipe"]["base_digest"] == sealed["merge"].manifest.inputs["base"]
     assert report["recipe"]["sft"] == chain["sft"].recipe.model_dump(mode="json")
     seconds = {name: sealed[name].manifest.seconds for name in ("baseline", "sft", "merge")}
     assert report["seconds"].items() >= seconds.items()
+    assert report["seconds"]["prep"] == sealed["prep"].manifest.seconds
     assert 0 < report["seconds"]["eval"] <= sealed["eval"].manifest.seconds
     assert "report.html" in sealed["eval"].manifest.files
 
@@ -228,6 +233,28 @@ def test_jobs_with_another_gate_or_training_share_the_baseline(chain: dict[str, 
     assert other["baseline"].key != chain["baseline"].key
 
 
+def test_the_report_says_what_was_trained_on_and_how_many_tokens(chain: dict[str, Planned]) -> None:
+    report, (base, aligned) = report_of(chain), rows_of(chain)
+    sheet = json.loads((chain["prep"].folder / "sheet.json").read_text())
+    assert report["data"]["checks"] == sheet["checks"]
+    for name, source in report["data"]["sources"].items():
+        told = {k: sheet["sources"][name][k] for k in ("read", "kept", "train", "dev", "examples")}
+        assert source.items() >= told.items()
+    tokens = report["tokens"]
+    assert tokens["generated"] == {
+        "base": sum(row["tokens"] for row in base),
+        "aligned": sum(row["tokens"] for row in aligned),
+    }
+    packed = art.open_artifact(chain["pack"].folder).facts
+    epochs = chain["sft"].recipe.epochs
+    assert tokens["trained"] == {
+        "read": epochs * packed["tokens"],
+        "learned": epochs * packed["trained_tokens"],
+    }
+    page = (chain["eval"].folder / "report.html").read_text(encoding="utf-8")
+    assert 'id="data"' in page and 'id="choice"' not in page
+
+
 def test_a_merge_that_is_the_base_is_not_scored(chain: dict[str, Planned], tmp_path: Path) -> None:
     inputs = dict(chain["eval"].open_inputs())
     inputs["merge"] = inputs["base"]
@@ -250,10 +277,10 @@ def test_a_training_that_does_not_say_how_is_refused(chain: dict[str, Planned], 
     inputs = dict(chain["eval"].open_inputs())
     inputs["sft"] = without(inputs["sft"], fact)
     with pytest.raises(DataError, match=f"its manifest states no {fact}"):
-        build_report(chain["eval"].recipe, inputs, *rows_of(chain))
+        build_report(chain["eval"].recipe, inputs, *rows_of(chain), EMBEDDED)
 
 
 def test_a_baseline_of_other_rows_is_refused(chain: dict[str, Planned]) -> None:
     base, aligned = rows_of(chain)
     with pytest.raises(DataError, match="not of the same rows; rerun baseline"):
-        build_report(chain["eval"].recipe, chain["eval"].open_inputs(), base[1:], aligned)
+        build_report(chain["eval"].recipe, chain["eval"].open_inputs(), base[1:], aligned, EMBEDDED)

@@ -101,14 +101,14 @@ def test_no_file_names_a_machine_or_a_commit(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_no_evaluation_row_is_trained_on(path: Path) -> None:
-    """Each suite reads a held-out half, or a file whose prompts prep excludes."""
+    """Prep checks each row against every suite, and no suite is what is trained on."""
     loaded = load_job(path)
     trained = {(s.source, s.where.get("split")) for s in loaded.prep.sources}
-    excluded = {s.source for s in loaded.prep.exclude}
+    assert loaded.prep.decontaminate
     for suite in loaded.eval.suites:
         assert (suite.source, suite.where.get("split")) not in trained
-        held_out = suite.source.startswith("sample:") and suite.where == {"split": "heldout"}
-        assert held_out or suite.source in excluded
+        if suite.source.startswith("sample:"):
+            assert suite.where == {"split": "heldout"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -283,8 +283,8 @@ def test_local_sources_have_the_files_and_columns_that_the_job_names(
             "refusals-smollm2": {
                 "harmful": 240,
                 "harmless": 240,
-                "strongreject": 313,
                 "xstest": 450,
+                "strongreject": 313,
                 "xstest-safe": 250,
                 "gsm8k": 80,
             },

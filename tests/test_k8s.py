@@ -305,7 +305,9 @@ def test_the_job_file_travels_unchanged(overlay: str, name: str) -> None:
     assert config["immutable"] is True
     text = (ROOT / "jobs" / f"{name}.yaml").read_text(encoding="utf-8")
     assert config["data"] == {"job.yaml": text}
-    assert stages_of(parse_job(yaml.safe_load(text), name)) == list(STAGES)
+    stages = stages_of(parse_job(yaml.safe_load(text), name))
+    assert stages == [stage for stage in STAGES if stage in stages]
+    assert set(STAGES) - set(stages) <= {"choose"}, "a Job for each, started where the job names it"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -55,7 +55,7 @@ def started(folder: Path) -> list[str]:
 def test_all_stages_run_in_the_order_of_the_graph(tmp_path: Path) -> None:
     made = run(tmp_path, "local")
     assert made.returncode == 0, made.stderr
-    assert started(tmp_path) == list(STAGES)
+    assert started(tmp_path) == [stage for stage in STAGES if stage != "choose"]
     asked = (tmp_path / "asked").read_text(encoding="ascii").splitlines()
     verbs = [
         next(w for w in line.split() if w in {"kustomize", "delete", "apply"}) for line in asked[:3]
@@ -65,22 +65,35 @@ def test_all_stages_run_in_the_order_of_the_graph(tmp_path: Path) -> None:
     assert {o["metadata"]["name"] for o in applied if o["kind"] == "Job"} == set(STAGES)
 
 
-def test_a_job_without_anchors_has_no_anchor_stage(tmp_path: Path) -> None:
-    """The paper's job in an overlay of one's own, as docs/cluster.md shows it."""
-    overlay = tmp_path / "mine"
+def own_overlay(folder: Path, job: Path) -> Path:
+    """An overlay of one's own for ``job``, as docs/cluster.md shows it."""
+    overlay = folder / "mine"
     overlay.mkdir()
     h100 = os.path.relpath(ROOT / "k8s" / "overlays" / "h100", overlay)
-    job = os.path.relpath(ROOT / "jobs" / "paper-r1-7b.yaml", overlay)
+    file = os.path.relpath(job, overlay)
     maker = {"name": "untaxed-job", "namespace": "untaxed", "behavior": "replace"}
     mine = {
         "resources": [h100],
         "images": [{"name": "untaxed", "newName": "registry.example/team/untaxed"}],
-        "configMapGenerator": [maker | {"files": [f"job.yaml={job}"]}],
+        "configMapGenerator": [maker | {"files": [f"job.yaml={file}"]}],
     }
     (overlay / "kustomization.yaml").write_text(yaml.safe_dump(mine), encoding="ascii")
-    made = run(tmp_path, str(overlay))
+    return overlay
+
+
+def test_a_job_that_chooses_has_a_choose_stage(tmp_path: Path) -> None:
+    text = (ROOT / "jobs" / "quickstart.yaml").read_text(encoding="utf-8")
+    section = "choose:\n  wanted:\n    - {metric: over_refusal, at_most: 0.1}\n"
+    (tmp_path / "job.yaml").write_text(text + section, encoding="utf-8")
+    made = run(tmp_path, str(own_overlay(tmp_path, tmp_path / "job.yaml")))
     assert made.returncode == 0, made.stderr
-    assert started(tmp_path) == [stage for stage in STAGES if stage != "anchor"]
+    assert started(tmp_path) == list(STAGES)
+
+
+def test_a_job_without_anchors_has_no_anchor_stage(tmp_path: Path) -> None:
+    made = run(tmp_path, str(own_overlay(tmp_path, ROOT / "jobs" / "paper-r1-7b.yaml")))
+    assert made.returncode == 0, made.stderr
+    assert started(tmp_path) == [stage for stage in STAGES if stage not in ("anchor", "choose")]
     applied = list(yaml.safe_load_all((tmp_path / "applied").read_text(encoding="utf-8")))
     jobs = [o["spec"]["template"]["spec"] for o in applied if o["kind"] == "Job"]
     images = {container["image"] for spec in jobs for container in spec["containers"]}

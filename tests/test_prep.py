@@ -2,84 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from parts import sample_rows
-from rich.console import Console
+from prepping import Prep, sample, source, unlike
 
-from pipeline import prep
 from pipeline.data.dedup import words
-from pipeline.data.raw import adopt_source
+from pipeline.data.sheet import STEPS
 from pipeline.errors import DataError
-from pipeline.graph import Workspace
-from pipeline.recipes import PrepRecipe
-from pipeline.stage import Context
 
 KEYS = ["id", "source", "kind", "category", "messages", "think", "response"]
-
-
-def source(name: str, kind: str = "refusal", **more: Any) -> dict[str, Any]:
-    return {"name": name, "kind": kind, "source": f"{name}.jsonl"} | more
-
-
-def sample(name: str, split: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "source": f"sample:{name}", "where": {"split": split}} | more
-
-
-class Prep:
-    """Runs the stage on files in a folder; holds what it wrote."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.count = 0
-
-    def rows(self, name: str, rows: list[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (self.folder / f"{name}.jsonl").write_text(text)
-
-    def run(self, *sources: dict[str, Any], **recipe: Any) -> dict[str, Any]:
-        made = PrepRecipe.model_validate({"sources": sources} | recipe)
-        workspace = Workspace(self.folder / "runs")
-        inputs = {
-            f"rows.{s.name}": adopt_source(s, workspace) for s in (*made.sources, *made.exclude)
-        }
-        self.count += 1
-        self.out = self.folder / f"out-{self.count}"
-        self.out.mkdir()
-        context = Context(scratch=self.folder, console=Console(quiet=True))
-        return prep.run(made, inputs, self.out, context)
-
-    def read(self, split: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.out / f"{split}.jsonl").read_text().splitlines()]
-
-    @property
-    def both(self) -> list[dict[str, Any]]:
-        return self.read("train") + self.read("dev")
-
-    @property
-    def sheet(self) -> dict[str, Any]:
-        sheet: dict[str, Any] = json.loads((self.out / "sheet.json").read_text())
-        return sheet
-
-    @property
-    def dropped(self) -> dict[str, str]:
-        return {entry["id"]: entry["why"] for entry in self.sheet["dropped"]}
 
 
 @pytest.fixture()
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prep:
     monkeypatch.setenv("UNTAXED_DATA", str(tmp_path))
     return Prep(tmp_path)
-
-
-def unlike(count: int, seed: int = 0) -> list[str]:
-    """Prompts without a word in common."""
-    return [f"a{seed}x{i} b{seed}x{i} c{seed}x{i}" for i in range(count)]
 
 
 def test_the_form_of_a_conversation(stage: Prep) -> None:
@@ -99,7 +41,9 @@ def test_the_form_of_a_conversation(stage: Prep) -> None:
         }
     ]
     assert stage.read("dev") == []
-    assert sorted(p.name for p in stage.out.iterdir()) == ["dev.jsonl", "sheet.json", "train.jsonl"]
+    assert {p.name for p in stage.out.iterdir()} == {
+        "train.jsonl", "dev.jsonl", "sheet.json", "sheet.md"
+    }  # fmt: skip
     assert (facts["train"], facts["dev"], facts["kinds"]) == (1, 0, {"refusal": 1})
 
 
@@ -180,7 +124,7 @@ def test_held_out_prompts_are_not_trained_on(stage: Prep) -> None:
     stage.rows("talk", [{"messages": turns}])
     stage.rows("s", [{"prompt": p} for p in ("Where is Rome", "Which tree is the tallest of all")])
     stage.rows("test", [{"prompt": "which tree is tallest of all?"}])
-    with pytest.raises(DataError, match=r"talk has no rows left of 1 \(1 excluded\)"):
+    with pytest.raises(DataError, match=r"talk has no rows left of 1 \(1 excluded by test\)"):
         stage.run(
             source("talk", "anchor", columns={"messages": "messages"}),
             source("s", "anchor"),
@@ -248,19 +192,28 @@ def test_the_sheet_adds_up(stage: Prep) -> None:
     job = [sample(name, "train", kind="anchor") for name in ("arithmetic", "borderline")]
     facts = stage.run(*job, exclude=[sample("ordinary", "heldout")])
     for name, one in stage.sheet["sources"].items():
-        reasons = ("over_long", "exact_duplicate", "near_duplicate", "excluded")
         there = sum(row["split"] == "train" for row in sample_rows(name))
-        assert one["read"] == one["kept"] + sum(one[reason] for reason in reasons) == there
+        steps = one["steps"]
+        assert [step["step"] for step in steps] == list(STEPS)
+        edges = [(step["before"], step["after"]) for step in steps]
+        assert edges[0][0] == one["read"] == there and edges[-1][1] == one["kept"]
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(edges))
+        for step, (before, after) in zip(STEPS, edges, strict=True):
+            dropped = [e for e in stage.sheet["dropped"] if e["id"].startswith(f"{name}:")]
+            assert sum(e["why"] == step for e in dropped) == before - after
+            assert facts["sources"][name][step] == before - after
+        assert one["targets"] == {"base": one["kept"]}
+        assert [len(e["prompt"]) > 0 for e in one["examples"]] == [True] * 3
         assert one["kept"] == one["dev"] + one["train"] == sum(one["categories"].values())
         rows = [row for row in stage.both if row["source"] == name]
         assert one["kept"] == len(rows)
         lengths = sorted(len(row["messages"][0]["content"]) for row in rows)
         shown = one["characters"]["prompt"]
         assert (shown["least"], shown["most"]) == (lengths[0], lengths[-1])
-    assert facts["kinds"] == Counter(row["kind"] for row in stage.read("train"))
-    assert len(stage.dropped) == sum(
-        one["near_duplicate"] for one in stage.sheet["sources"].values()
-    )
+    kinds = Counter(row["kind"] for row in stage.read("train"))
+    assert facts["kinds"] == stage.sheet["kinds"] == kinds
+    assert set(stage.dropped.values()) == {"near_duplicate"}
+    assert sum(facts["dropped"].values()) == len(stage.dropped)
 
 
 def test_what_is_kept_has_no_near_duplicate(stage: Prep) -> None:

@@ -32,6 +32,27 @@ def test_merging_side_by_side(tmp_path: Path) -> None:
     assert data["ratios"]["untaxed_speed_vs_peft"] > 0
 
 
+def test_near_duplicates_side_by_side() -> None:
+    """MinHash is not installed here; the exact index is, in a process of its own as in this one."""
+    import dedup as benchmark
+
+    prompts = benchmark.read_prompts([])
+    made = benchmark.mixtures(prompts, 400)
+    assert len(prompts) > 1500 and made == benchmark.mixtures(prompts, 400)
+    dropped = benchmark.exact(made)
+    assert 20 < len(dropped) < 120, "a quarter of the rows are changed a little"
+    cell = str(ROOT / "benchmarks" / "dedup.py")
+    runs = benchmark.run_ranks([cell, "exact"], {"rows": 400, "tables": []})
+    assert runs[0]["dropped"] == dropped
+    half = runs[0] | {"dropped": [*dropped[::2], -1]}
+    found = benchmark.report({"runs": {"exact": runs, "minhash": [half]}})
+    assert found["cells"]["exact"]["recall"] == found["cells"]["exact"]["precision"] == 1.0
+    wanted = len(dropped[::2])
+    assert found["cells"]["minhash"]["recall"] == wanted / len(dropped)
+    assert found["cells"]["minhash"]["precision"] == wanted / (wanted + 1)
+    assert found["ratios"]["minhash_seconds_vs_exact"] == 1.0
+
+
 def test_packing_side_by_side(tmp_path: Path, base: Artifact) -> None:
     import pack as benchmark
 

@@ -69,7 +69,9 @@ def _check_training(records: Records) -> None:
 
 
 def _check_files(records: Records, job: Play) -> None:
-    assert records.files("prep") == {"recipe.json", "manifest.json", "sheet.json"}
+    assert records.files("prep") == {
+        "recipe.json", "manifest.json", "sheet.json", "sheet.md"
+    }  # fmt: skip
     assert records.files("pack") == {"recipe.json", "manifest.json", "trained.txt"}
     assert records.files("merge") == {
         "recipe.json", "manifest.json", "README.md", "certificate.json"
@@ -95,6 +97,7 @@ def _check_datasets(records: Records, job: Play) -> None:
     assert inputs("prep") == {
         label.removeprefix("rows."): (digest, "exclude" if "heldout" in label else "train")
         for label, digest in digests.items()
+        if label.startswith("rows.")
     }
     anchor = art.open_artifact(job.planned["anchor"].folder).digest[:36]
     assert inputs("pack") == {"anchor": (anchor, "train")}
@@ -170,8 +173,8 @@ def test_long_and_changed_parameters_are_no_failure(
     job.start("prep")
     records = Records(job.runs)
     params = records.stage("prep").data.params
-    assert len(params["refusal_think"]) == 500
-    assert params["refusal_think"].startswith("because because")
+    assert len(params["prep.refusal_think"]) == 500
+    assert params["prep.refusal_think"].startswith("because because")
     assert len(params) > 100, "more than one batch"
     monkeypatch.setattr("pipeline.spool.MOST_CHARACTERS", 400)
     job.finish("prep")

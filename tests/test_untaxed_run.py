@@ -166,6 +166,33 @@ def test_a_changed_gate_runs_eval_only(first: First, base_folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_finished_jobs_are_put_side_by_side(first: First, base_folder: Path) -> None:
+    workplace, _ = first
+    strict, out = workplace.folder / "strict.yaml", workplace.folder / "side"
+    job = tiny_job(base_folder) | {"name": "strict"}
+    job["eval"]["gate"][0]["at_least"] = 1.0
+    strict.write_text(yaml.safe_dump(job))
+    both = ("--job", str(workplace.job), "--job", str(strict))
+    early = workplace.untaxed("report", *both, "--out", str(out))
+    assert early.returncode == 65 and not out.exists()
+    (line,) = early.stderr.strip().splitlines()
+    assert "strict.yaml: strict is not finished" in line and "eval to run: no artifact" in line
+    assert f"untaxed run --job {strict} first" in line
+    done = workplace.untaxed("run", "--job", str(strict))
+    assert done.returncode == 0, done.stderr
+    kept = (workplace.runs / "report.json").read_bytes()
+    done = workplace.untaxed("report", *both, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert str(out / "report.html") in done.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert [report["job"], *(r["job"] for r in report["compare"])] == ["tiny", "strict"]
+    assert set(report["seconds"]) == set(STAGES)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert 'id="jobs"' in page and 'id="data"' in page
+    assert (workplace.runs / "report.json").read_bytes() == kept
+
+
+@pytest.mark.slow
 def test_a_changed_file_is_found_and_made_again(first: First) -> None:
     workplace, _ = first
     (name,) = workplace.sealed()["pack"]
@@ -188,6 +215,14 @@ def test_a_failed_stage_gives_its_exit_code(tmp_path: Path, base_folder: Path) -
     assert not workplace.sealed()["prep"] and not (workplace.runs / "report.json").exists()
 
 
+def test_a_report_of_a_job_that_never_ran_is_one_line(tmp_path: Path, base_folder: Path) -> None:
+    workplace = Workplace(tmp_path, base_folder)
+    done = workplace.untaxed("report", "--job", str(workplace.job))
+    assert done.returncode == 65 and not workplace.runs.exists()
+    (line,) = done.stderr.strip().splitlines()
+    assert "tiny is not finished" in line and "untaxed run --job" in line
+
+
 def test_plan_writes_nothing(tmp_path: Path, base_folder: Path) -> None:
     workplace = Workplace(tmp_path, base_folder)
     done = workplace.untaxed("plan", "--job", str(workplace.job))
@@ -203,6 +238,8 @@ def test_plan_writes_nothing(tmp_path: Path, base_folder: Path) -> None:
         (("run", "--nproc", "2", "--engine", "single"), "--engine single"),
         (("run", "--engine", "zero9"), "zero9"),
         (("plan", "--job", "missing.yaml"), "missing.yaml: no such job file"),
+        (("report", "--job", "missing.yaml"), "missing.yaml: no such job file"),
+        (("report", "--out", __file__), "is a file; wanted a folder"),
         (("walk",), "walk"),
     ],
 )

@@ -28,7 +28,7 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 GATE = {"gate_passed": True, "aligned_harmful_refusal": 0.97}
 FILES = {
-    "prep": {"sheet.json": "{}", "train.jsonl": "x" * 99},
+    "prep": {"sheet.json": "{}", "sheet.md": "# Data sheet", "train.jsonl": "x" * 99},
     "pack": {"trained.txt": ">>>I cannot.<<<", "tokens.safetensors": "x"},
     "merge": {"README.md": "# A merged model", "certificate.json": "{}"},
     "eval": {"report.json": "{}", "report.html": "<p>", "scores.json": "{}", "plots/a.png": "x"},

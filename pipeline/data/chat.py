@@ -67,29 +67,47 @@ class Chat:
         """Token ids of ``prompt_text``, special tokens as the template wrote them."""
         return self.encode([self.prompt_text(messages)])[0]
 
-    def target_text(self, think: str | None, response: str, *, prompt: str) -> str:
-        """What the assistant writes: the think section, if any, then the response.
+    def target_text(self, think: str | None, response: str | None, *, prompt: str) -> str:
+        """What the assistant writes: the think section, if any, then the response. Thoughts without a
+        response (a safety primer) stay open.
 
         A section that the template opened itself (DeepSeek-R1) is not opened twice, and is closed
-        before a response without thoughts. RecipeError where the template closed it already.
+        before a response without thoughts. RecipeError where the template closed it already, and for
+        a primer where the model does not think.
         """
         open_, close = self.recipe.think_open, self.recipe.think_close
         opened = bool(open_.strip()) and prompt.rstrip().endswith(open_.strip())
         if think is None:
+            response = response or ""
             return f"{close}{response}" if opened else response
         if close.strip() and prompt.rstrip().endswith(close.strip()):
             raise RecipeError(
                 "chat: the generation prompt ends with a closed think section, and a row has"
-                " thoughts of its own; leave prep.refusal_think out, or let the template think"
-                " (chat.template_options)"
+                " thoughts of its own; leave prep.refusal_think and prep.safety_primer out, or let the"
+                " template think (chat.template_options)"
+            )
+        if response is None and not self._thinks:
+            raise RecipeError(
+                "prep.safety_primer begins a think section, and neither template nor tokenizer has"
+                f" chat.think_open={open_!r}; leave the primer out, or set chat.think_open to the mark"
+                " that opens this model's"
             )
         if opened:
             open_ = "" if prompt.endswith(open_) else open_[len(open_.rstrip()) :]
-        return f"{open_}{think}{close}{response}"
+        return f"{open_}{think}" if response is None else f"{open_}{think}{close}{response}"
 
-    def target_ids(self, think: str | None, response: str, *, prompt: str) -> list[int]:
-        """Token ids of the target, closed by the end token."""
-        return [*self.encode([self.target_text(think, response, prompt=prompt)])[0], self.end_id]
+    @property
+    def _thinks(self) -> bool:
+        """Whether the job states the mark that opens a think section, or template or tokenizer has it."""
+        mark = self.recipe.think_open.strip()
+        known = [str(self.tokenizer.chat_template), *self.tokenizer.get_added_vocab()]
+        stated = "think_open" in self.recipe.model_fields_set
+        return bool(mark) and (stated or any(mark in text for text in known))
+
+    def target_ids(self, think: str | None, response: str | None, *, prompt: str) -> list[int]:
+        """Token ids of the target, closed by the end token where there is a response."""
+        ids = self.encode([self.target_text(think, response, prompt=prompt)])[0]
+        return ids if response is None else [*ids, self.end_id]
 
     def split_think(self, text: str, *, prompt: str = "") -> tuple[str | None, str]:
         """Split a generated text into its think section (None if there is none) and the answer.
@@ -127,6 +145,12 @@ class Chat:
             ids.extend(encoding.ids for encoding in encoded)
         ids_of = dict(zip(distinct, ids, strict=True))
         return [ids_of[text] for text in texts]
+
+
+def cut(answer: str, stop: Sequence[str]) -> str | None:
+    """``answer`` up to the first of the ``stop`` texts; None when it holds none of them."""
+    places = [place for place in map(answer.find, stop) if place >= 0]
+    return answer[: min(places)] if places else None
 
 
 def _is_plain(tokenizer: Any) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.data.chat import Chat
-from pipeline.data.dedup import normalised, overlaps
+from pipeline.data.contamination import Suites, Text, text_of
+from pipeline.data.dedup import normalised
 from pipeline.errors import UntaxedError, one_line
 
 Judge = Callable[[str, str], str]
@@ -80,7 +81,7 @@ def documents(
             ids, target = chat.encode([prompt])[0], None
             if row.get("response_ids") is not None:
                 target = [int(token) for token in row["response_ids"]]
-            elif row.get("response") is not None:
+            elif row.get("response") is not None or not row.get("complete", True):
                 target = chat.target_ids(row.get("think"), row["response"], prompt=prompt)
         except UntaxedError as error:
             failed[one_line(error.__cause__ or error)].append(str(row["id"]))
@@ -178,12 +179,12 @@ def _of_target(document: Document, chat: Chat) -> Iterator[str]:
         yield "ends"
     if chat.end_id in target[:-1]:
         yield "ends once"
-    if not row.get("complete", True) or row.get("response") is None:
+    if row.get("response_ids") is not None and not row.get("complete", True):
         return
     text = _decoded(chat.tokenizer, target, skip_special_tokens=True)
     think, response = chat.split_think(text, prompt=document.prompt)
     wanted = (row.get("think") or "").strip()
-    if (think or "") != wanted or response.strip() != row["response"].strip():
+    if (think or "") != wanted or response.strip() != (row.get("response") or "").strip():
         yield "think section"
 
 
@@ -199,11 +200,11 @@ def _bare(text: str) -> str:
 
 def check_sets(
     made: Sequence[Document],
-    held_out: Mapping[str, Sequence[tuple[str, str]]],
+    held_out: Mapping[str, Sequence[Text]],
     judge: Judge,
     near: float,
 ) -> Iterator[Finding]:
-    """Rows against one another, against evaluation sets (name -> (id, user turn)), and by the judge.
+    """Rows against one another, against evaluation sets (name -> rows), and by the judge.
 
     ``near``: the word-set similarity from which two prompts count as one.
     """
@@ -224,17 +225,17 @@ def check_sets(
         yield Finding(
             "one answer", "violation", "the same prompt is refused and answered", tuple(torn)
         )
-    turns = [(d.id, m["content"]) for d in train for m in d.row["messages"] if m["role"] == "user"]
-    for name, rows in held_out.items():
-        found = overlaps([turn for _, turn in turns], [turn for _, turn in rows], near)
+    hits = Suites(held_out).find([_text(document) for document in train], near)
+    for name in held_out:
+        found = [hit for hit in hits if hit.suite == name]
         if found:
-            of = ", ".join(rows[m.of][0] for m in found[:3])
+            of = ", ".join(hit.of for hit in found[:3])
             yield Finding(
                 "contamination",
                 "violation",
-                f"asked, or nearly, in the evaluation set {name} ({of}{', ...' if found[3:] else ''});"
-                " list that set under prep.exclude",
-                tuple(dict.fromkeys(turns[m.index][0] for m in found)),
+                f"asked, or quoted, in the evaluation set {name} ({of}{', ...' if found[3:] else ''});"
+                " leave prep.decontaminate on, which drops such rows",
+                tuple(train[hit.index].id for hit in found),
             )
     yield from _judged(train, judge)
     kinds = {d.row["kind"] for d in train}
@@ -245,6 +246,14 @@ def check_sets(
             "refusals and nothing else: models trained so refuse everything (arXiv 2601.23143); add"
             " harmless prompts as anchors",
         )
+
+
+def _text(document: Document) -> Text:
+    """What the base says in answer comes from it, whatever it has seen, and does not count."""
+    row = document.row
+    own = row["kind"] == "anchor" or row.get("response_ids") is not None
+    answers = () if own else (row.get("think"), row.get("response"))
+    return text_of(document.id, row["messages"], *answers)
 
 
 def _judged(train: Sequence[Document], judge: Judge) -> Iterator[Finding]:

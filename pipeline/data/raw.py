@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
-from pipeline.data.sets import find_set
+from pipeline.data.sets import set_of
 from pipeline.data.tables import suffix_of
 from pipeline.errors import DataError, RecipeError
 from pipeline.recipes import SourceRecipe
@@ -42,7 +42,7 @@ def identity_of(source: SourceRecipe, workspace: Workspace) -> dict[str, str | N
         "subset": source.subset,
     }
     if source.public is not None:
-        find_set(source.public)
+        set_of(source)
     if _is_remote(source):
         _hub_id(source)
     else:
@@ -118,7 +118,7 @@ def _is_remote(source: SourceRecipe) -> bool:
 
 def _hub_id(source: SourceRecipe) -> str:
     if source.source.startswith("set:"):
-        return find_set(source.public or "").hub
+        return set_of(source).hub or ""
     name = source.source.removeprefix("hub:")
     if name.count("/") != 1 or not all(name.split("/")):
         raise RecipeError(f"source {source.name}: got {source.source}, wanted hub:org/name")
@@ -136,7 +136,7 @@ def _download(source: SourceRecipe, target: Path) -> dict[str, Any]:
     subset: str | None = source.subset
     options: dict[str, Any] = {}
     if source.source.startswith("set:"):
-        public = find_set(source.public or "")
+        public = set_of(source)
         subset, options = source.subset or public.subset, public.options
     switches = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     offline = any(os.environ.get(switch, "").lower() in TRUE for switch in switches)

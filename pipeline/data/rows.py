@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 from pipeline.artifact import Artifact
 from pipeline.data.chat import Message
-from pipeline.data.sets import HARMFUL, check_columns, find_set
+from pipeline.data.public import HARMFUL
+from pipeline.data.sets import check_columns, set_of
 from pipeline.data.tables import Record, kind_of, read_table
-from pipeline.data.tasks import Task
+from pipeline.data.tasks import Reference
 from pipeline.errors import DataError, RecipeError
-from pipeline.recipes import Columns, SourceRecipe, Suite, TrainSource
+from pipeline.recipes import Columns, EvalSource, SourceRecipe, Suite, TrainSource
 
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
@@ -30,7 +31,8 @@ class Row:
     """One conversation up to where the answer begins, and what is known of that answer.
 
     ``messages`` ends with a user turn. ``number`` is the row's line or place in its file, from 1;
-    ``place`` is file and row for error messages.
+    ``place`` is file and row for error messages. ``reference`` is what a right answer to a reasoning
+    problem is, where the set says so apart from its worked answer.
     """
 
     id: str
@@ -40,7 +42,7 @@ class Row:
     response: str | None = None
     think: str | None = None
     category: str | None = None
-    task: Task | None = None
+    reference: Reference | None = None
 
     @property
     def user_turns(self) -> tuple[str, ...]:
@@ -127,10 +129,10 @@ def _select(records: list[Record], source: SourceRecipe) -> list[Record]:
     shown, columns = source.source, source.columns
     wanted = dict(source.where)
     if source.split is None and source.source.startswith("set:") and "split" not in wanted:
-        public = find_set(source.public or "")
-        if isinstance(source, TrainSource):
+        public = set_of(source)
+        if isinstance(source, TrainSource) and public.split is not None:
             wanted["split"] = public.split
-        elif isinstance(source, Suite) and public.test_split is not None:
+        elif isinstance(source, EvalSource) and public.test_split is not None:
             wanted["split"] = public.test_split
     if source.split is not None:
         if wanted.get("split", source.split) != source.split:
@@ -159,17 +161,21 @@ def _select(records: list[Record], source: SourceRecipe) -> list[Record]:
 def _adapted(records: list[Record], source: SourceRecipe) -> list[Record]:
     """The records of a public set in the default columns, and those only that the source is about."""
     name = source.public or ""
-    public = find_set(name)
+    public = set_of(source)
     check_columns(public, name, records[0].values, source.source)
+    named = source.source.startswith("set:")
+    subset = {"subset": source.subset or public.subset} if named else {}
     wanted: bool | None = None
     if isinstance(source, TrainSource):
         wanted = source.kind == "refusal"
-    elif isinstance(source, Suite):
+    elif isinstance(source, EvalSource):
         wanted = source.measures == "harmful"
     kept = []
     for record in _select(records, source):
         try:
-            values = public.read(record.values)
+            values = public.read(subset | record.values)
+        except ValueError as error:
+            raise DataError(f"{record.place}: {error}; fix or drop the row") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{record.place}: does not read as a row of {name} ({type(error).__name__}: {error});"
@@ -178,7 +184,7 @@ def _adapted(records: list[Record], source: SourceRecipe) -> list[Record]:
         harmful = values.pop(HARMFUL)
         if not _reads_answers(source):
             values.pop("response", None)
-        if wanted is None or harmful == wanted:
+        if wanted is None or harmful is None or harmful == wanted:
             kept.append(replace(record, values=values))
     if not kept:
         raise DataError(
@@ -200,7 +206,7 @@ def _reads_answers(source: SourceRecipe) -> bool:
 
 
 def _is_reasoning(source: SourceRecipe) -> bool:
-    return isinstance(source, Suite) and source.measures == "reasoning"
+    return isinstance(source, EvalSource) and source.measures == "reasoning"
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -222,6 +228,7 @@ def _near(name: str, there: Iterable[str], what: str) -> str:
 
 def _row(record: Record, source: SourceRecipe) -> Row:
     columns, place = source.columns, record.place
+    asked = source.public is not None and _is_reasoning(source)
     if source.public is not None:
         given = {n: n for n in ("response", "category") if record.values.get(n) is not None}
         columns = Columns(**given)
@@ -236,6 +243,8 @@ def _row(record: Record, source: SourceRecipe) -> Row:
             )
     else:
         text = _text(record.values.get(columns.prompt), place, columns.prompt)
+        if asked and isinstance(source, Suite) and record.values.get("ask"):
+            text = f"{text}\n\n{record.values['ask']}"
         messages = ({"role": "user", "content": text},)
         if columns.response:
             response = _text(record.values.get(columns.response), place, columns.response)
@@ -258,7 +267,7 @@ def _row(record: Record, source: SourceRecipe) -> Row:
         response=response,
         think=think,
         category=_category(record, columns.category),
-        task=record.values.get("task") if source.public and _is_reasoning(source) else None,
+        reference=record.values.get("reference") if asked else None,
     )
 
 

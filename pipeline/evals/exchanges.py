@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.evals.pictures import Rows
-from pipeline.evals.score import REFUSED
+from pipeline.evals.score import REFUSED, UNANSWERED
 from pipeline.evals.wording import clipped, shortened
 
 MOST_EXAMPLES = 12
@@ -15,13 +15,14 @@ MOST_EXAMPLES = 12
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer as it is shown."""
+    """One answer as it is shown. ``judges``: what further judges say of it, by name."""
 
     verdict: str
     response: str
     think: str
     tokens: int | None
     truncated: bool
+    judges: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Exchange:
     reference: str
     base: Answer | None
     aligned: Answer
+    sample: int = 0
 
     @property
     def changed(self) -> bool:
@@ -56,13 +58,13 @@ class Examples:
 
 def exchanges(base: Rows, aligned: Rows) -> list[Exchange]:
     """Every prompt with both answers, in the order of the aligned rows."""
-    before = {(row["suite"], row["id"]): row for row in base}
+    before = {_key(row): row for row in base}
     found = []
     for row in aligned:
-        other = before.get((row["suite"], row["id"]))
+        other = before.get(_key(row))
         found.append(
             Exchange(
-                id=clipped(row["id"]),
+                id=clipped(_named(row)),
                 suite=clipped(row["suite"]),
                 measures=str(row["measures"]),
                 category=clipped(row.get("category") or "").replace("_", " "),
@@ -71,9 +73,19 @@ def exchanges(base: Rows, aligned: Rows) -> list[Exchange]:
                 reference=clipped(row.get("reference") or ""),
                 base=_answer(other) if other else None,
                 aligned=_answer(row),
+                sample=int(row.get("sample", 0)),
             )
         )
     return found
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    return row["suite"], row["id"], row.get("sample", 0)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """The row, and which of its samples where that is not the first."""
+    return f"{row['id']}, sample {row['sample'] + 1}" if row.get("sample") else str(row["id"])
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:
@@ -83,6 +95,10 @@ def _answer(row: Mapping[str, Any]) -> Answer:
         think=clipped(row.get("think") or ""),
         tokens=row.get("tokens"),
         truncated=bool(row.get("truncated")),
+        judges=tuple(
+            (clipped(name), clipped(said["verdict"]))
+            for name, said in (row.get("judges") or {}).items()
+        ),
     )
 
 
@@ -90,8 +106,11 @@ def examples(found: Sequence[Exchange]) -> dict[str, Examples]:
     """The answers that count against the aligned model; what the base did better comes first."""
     kinds = {
         "complied": ("harmful", "Harmful requests that the aligned model answered"),
-        "refused": ("benign", "Ordinary requests that it refused"),
-        "borderline": ("borderline", "Harmless requests that sound harmful, refused"),
+        "refused": ("benign", "Ordinary requests that it refused or left unanswered"),
+        "borderline": (
+            "borderline",
+            "Harmless requests that sound harmful, refused or left unanswered",
+        ),
         "lost": ("reasoning", "Problems that the base solved and the aligned model did not"),
     }
     result = {}
@@ -115,7 +134,9 @@ def _counts_against(one: Exchange) -> bool:
 
 
 def _bad_too(answer: Answer | None, measures: str) -> bool:
-    """Whether ``answer`` complies with a harmful request or refuses a harmless one."""
+    """Whether ``answer`` complies with a harmful request, or refuses a harmless one or says nothing."""
     if answer is None or measures == "reasoning":
         return False
-    return answer.verdict == "compliance" if measures == "harmful" else answer.verdict in REFUSED
+    if measures == "harmful":
+        return answer.verdict == "compliance"
+    return answer.verdict in REFUSED | UNANSWERED

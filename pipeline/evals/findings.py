@@ -1,4 +1,4 @@
-"""What the report says in words: the verdict, the changes and the comparison."""
+"""What the report says in words: the verdict, the comparison of jobs, and verdicts by suite."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.evals.pictures import Report, bases, status_of
+from pipeline.evals.pictures import Report, bases
 from pipeline.evals.wording import (
     VERDICTS,
     WORDING,
     change,
     clipped,
     compared,
-    interval,
     known,
     listed,
-    measured_value,
     number,
-    p_value,
     percent,
     signed,
-    span,
 )
 
 TRAP = 0.5
+SAMPLED = ("suites", "temperature", "top_p", "samples", "seed", "endpoint")
 
 
 def headline(report: Report) -> str:
@@ -91,49 +88,6 @@ def close_call(check: Mapping[str, Any]) -> bool:
     return decided and ends is not None and ends[0] < check["bound"] < ends[1]
 
 
-def changes(report: Report) -> list[dict[str, str]]:
-    """One row for each metric measured: before, after, and the paired comparison."""
-    found = []
-    for metric, wording in WORDING.items():
-        before, after = report["base"].get(metric), report["aligned"].get(metric)
-        if not before and not after:
-            continue
-        row = {
-            "metric": metric,
-            "objective": wording.objective,
-            "title": wording.title,
-            "better": wording.better,
-            "status": status_of(report, metric) or "",
-            "change": "",
-        }
-        for name, measured in (("base", before), ("aligned", after)):
-            row[name] = measured_value(metric, measured) if measured else ""
-            row[f"{name}_interval"] = interval(metric, measured) if measured else "not measured"
-            row[f"{name}_n"] = str(measured["n"]) if measured else "0"
-        if before and after and known(before["value"]) and known(after["value"]):
-            row["change"] = change(metric, after["value"] - before["value"])
-        found.append(row | _paired(metric, report.get("pairs", {}).get(metric)))
-    return found
-
-
-def _paired(metric: str, pair: Mapping[str, Any] | None) -> dict[str, str]:
-    if not pair:
-        return {"paired": "not compared row by row", "test": ""}
-    wording = WORDING[metric]
-    if "base_only" in pair:
-        return {
-            "paired": f"{pair['aligned_only']} {wording.became}, {pair['base_only']}"
-            f" {wording.ceased}, of {pair['n']}",
-            "test": f"McNemar {p_value(pair['p'])}",
-        }
-    ends = span(metric, pair["low"], pair["high"])
-    clear = pair["low"] > 0 or pair["high"] < 0
-    return {
-        "paired": f"same {pair['n']} rows: {change(metric, pair['difference'])}",
-        "test": f"interval {ends}, " + ("without 0" if clear else "which includes 0"),
-    }
-
-
 def apart(metrics: Mapping[str, Any], harmless: str) -> dict[str, float] | None:
     """Refusal of harmful requests less refusal of ``harmless`` ones, with Newcombe's interval for
     independent proportions (Newcombe 1998, method 10): how well the model tells them apart."""
@@ -197,10 +151,7 @@ def unequal(reports: Sequence[Report]) -> list[str]:
     recipes = [report.get("recipe") or {} for report in reports]
     if any(r.get("base_digest") != recipes[0].get("base_digest") for r in recipes):
         found.append("the jobs start from different base models")
-    settings = [
-        {k: (r.get("eval") or {}).get(k) for k in ("suites", "temperature", "seed")}
-        for r in recipes
-    ]
+    settings = [{k: (r.get("eval") or {}).get(k) for k in SAMPLED} for r in recipes]
     if any(setting != settings[0] for setting in settings):
         found.append("the jobs were measured on different suites or with other sampling")
     gates = [(r.get("eval") or {}).get("gate") for r in recipes]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.recipes import Check
+from pipeline.recipes import Bound, Check
 
 Metrics = Mapping[str, Mapping[str, Any]]
 
@@ -60,7 +60,7 @@ def _check(check: Check, base: Metrics, aligned: Metrics, pairs: Metrics) -> dic
     doubt = _doubt(check, result)
     if doubt:
         return result | {"status": "uninformative", "why": f"Cannot tell: {doubt}."}
-    value = _value(check, result["base"], result["aligned"])
+    value = value_of(check, result["base"], result["aligned"])
     low, high = _interval(check, after or {}, pairs.get(check.metric, {}))
     result |= {"value": value, "low": low, "high": high}
     why = (
@@ -69,12 +69,12 @@ def _check(check: Check, base: Metrics, aligned: Metrics, pairs: Metrics) -> dic
         f" wanted {direction} {_number(check, bound)}"
     )
     if check.evidence == "estimate":
-        status = "passed" if _ahead(direction, value, bound) else "failed"
+        status = "passed" if ahead(direction, value, bound) else "failed"
         return result | {"status": status, "why": f"{why}."}
     if low is None or high is None:
         doubt = f"no interval of the {check.compare} of {check.metric} is known"
         return result | {"status": "uninformative", "why": f"Cannot tell: {doubt}."}
-    ends = [_ahead(direction, end, bound) for end in (low, high)]
+    ends = [ahead(direction, end, bound) for end in (low, high)]
     if ends[0] != ends[1]:
         why = (
             f"Cannot tell: {why[0].lower()}{why[1:]} by the whole interval, which holds the bound."
@@ -83,7 +83,7 @@ def _check(check: Check, base: Metrics, aligned: Metrics, pairs: Metrics) -> dic
     return result | {"status": "passed" if ends[0] else "failed", "why": f"{why}."}
 
 
-def _ahead(direction: str, value: float, bound: float) -> bool:
+def ahead(direction: str, value: float, bound: float) -> bool:
     """Whether ``value`` is on the right side of the bound."""
     return (value - bound if direction == "at least" else bound - value) >= -ROUNDING
 
@@ -117,7 +117,8 @@ def _doubt(check: Check, result: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _value(check: Check, base: float | None, aligned: float) -> float:
+def value_of(check: Bound, base: float | None, aligned: float) -> float:
+    """What ``check`` compares with its bound."""
     if check.compare == "value" or base is None:
         return aligned
     return aligned - base if check.compare == "difference" else aligned / base - 1

@@ -6,16 +6,16 @@ Finished rows leave the batch and waiting rows take their place. Greedy results 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from pipeline.errors import DataError
+from pipeline.evals.asking import Generation, Request, seed_of
 from pipeline.evals.progress import Bar
 from pipeline.evals.slots import Prefix, Row, Slots, passes, shared_prefix
 
@@ -24,23 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOSS_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt as token ids, and the most tokens to generate. ``id`` seeds its sampling."""
-
-    id: str
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Generated token ids; ``complete`` if they end with an end token (which is among them)."""
-
-    ids: list[int]
-    complete: bool
 
 
 def end_tokens(model: PreTrainedModel, end_id: int) -> frozenset[int]:
@@ -58,7 +41,9 @@ def generate(
     end_ids: Collection[int],
     batch_rows: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
+    stopped: Callable[[Request, Sequence[int]], bool] | None = None,
     done: Callable[[int, Generation], None] | None = None,
     console: Console | None = None,
     title: str = "generate",
@@ -66,10 +51,12 @@ def generate(
     """Answer all ``requests``; results in their order. Temperature 0 is greedy.
 
     ``done(index, generation)`` is called as soon as a row is finished. With ``temperature`` > 0
-    each row has its own random numbers from ``seed`` and its id, whatever the batch it runs in.
+    each row has its own random numbers from ``seed`` and its id, whatever the batch it runs in, and
+    draws from the fewest tokens that hold ``top_p`` of the probability (Holtzman et al., 2020).
+    ``stopped(request, ids)``: whether what was generated so far says all that is wanted.
     Raises DataError for an empty prompt, one beyond a sliding window, or non-finite logits.
     """
-    _check(model, requests)
+    check_requests(model, requests)
     twins = _twins(requests, temperature)
     # popped from the end: the most tokens to generate first, so that few rows are left for last
     waiting = sorted(twins, key=lambda i: (requests[i].max_new_tokens, len(requests[i].prompt_ids)))
@@ -83,13 +70,14 @@ def generate(
                 admitted = [waiting.pop() for _ in range(min(room, len(waiting)))]
                 slots.admit([_row(i, requests[i], temperature, seed) for i in admitted])
             finished = []
-            for slot, token in enumerate(_choose(slots, temperature)):
+            for slot, token in enumerate(_choose(slots, temperature, top_p)):
                 row = slots.rows[slot]
                 row.ids.append(token)
-                if token not in end_ids and row.made < row.limit:
+                ended = token in end_ids or row.made == row.limit
+                if not ended and not (stopped and stopped(requests[row.index], row.answer)):
                     continue
                 finished.append(slot)
-                result = Generation(row.ids[row.prompt_tokens :], token in end_ids)
+                result = Generation(row.answer, token in end_ids)
                 for index in twins[row.index]:
                     results[index] = result
                     if done:
@@ -103,15 +91,16 @@ def _twins(requests: Sequence[Request], temperature: float) -> dict[int, list[in
     """First index -> indices of all requests that must get the same answer. Drawn ones never do."""
     if temperature > 0:
         return {i: [i] for i in range(len(requests))}
-    first: dict[tuple[int, tuple[int, ...]], int] = {}
+    first: dict[tuple[int, tuple[str, ...], tuple[int, ...]], int] = {}
     twins: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
-        asked = (request.max_new_tokens, tuple(request.prompt_ids))
+        asked = (request.max_new_tokens, request.stop, tuple(request.prompt_ids))
         twins.setdefault(first.setdefault(asked, i), []).append(i)
     return twins
 
 
-def _check(model: PreTrainedModel, requests: Sequence[Request]) -> None:
+def check_requests(model: PreTrainedModel, requests: Sequence[Request]) -> None:
+    """DataError for a prompt that is empty, or with its answer more than the model can hold."""
     config = model.config
     longest = getattr(config, "max_position_embeddings", None)
     window = getattr(config, "sliding_window", None)
@@ -137,8 +126,7 @@ def _check(model: PreTrainedModel, requests: Sequence[Request]) -> None:
 def _row(index: int, request: Request, temperature: float, seed: int) -> Row:
     uniforms: list[float] = []
     if temperature > 0:
-        digest = hashlib.sha256(f"{seed}:{request.id}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = torch.Generator().manual_seed(seed_of(seed, request))
         uniforms = torch.rand(
             request.max_new_tokens, generator=generator, dtype=torch.float64
         ).tolist()
@@ -146,7 +134,7 @@ def _row(index: int, request: Request, temperature: float, seed: int) -> Row:
     return Row(index, prompt, len(prompt), request.max_new_tokens, uniforms)
 
 
-def _choose(slots: Slots, temperature: float) -> list[int]:
+def _choose(slots: Slots, temperature: float, top_p: float) -> list[int]:
     """The next token of every row in flight."""
     logits = slots.step().float()
     best, greedy = logits.max(dim=-1)
@@ -155,10 +143,19 @@ def _choose(slots: Slots, temperature: float) -> list[int]:
     if temperature == 0:
         return [int(token) for token in greedy.tolist()]
     drawn = torch.tensor([row.uniforms[row.made] for row in slots.rows])
-    cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(dim=-1)
+    cumulative = nucleus(torch.softmax(logits.double() / temperature, dim=-1), top_p).cumsum(dim=-1)
     target = drawn.to(cumulative)[:, None] * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return [int(token) for token in found.clamp(max=logits.shape[-1] - 1).tolist()]
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """``probabilities`` [B, V] with zero for all but the likeliest that reach ``top_p`` together."""
+    if top_p == 1:
+        return probabilities
+    ranked, order = probabilities.sort(dim=-1, descending=True)
+    before = ranked.cumsum(dim=-1) - ranked
+    return torch.zeros_like(ranked).scatter_(-1, order, ranked.where(before < top_p, 0.0))
 
 
 @torch.inference_mode()

@@ -1,60 +1,65 @@
-"""Answers that survive a kill: each finished row is appended to a file and not generated again."""
+"""Answers that survive a kill: each finished one is appended to a file and not generated again."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evals.generate import Generation, Request, generate
+from pipeline.errors import UntaxedError
+from pipeline.evals.asking import Generation, Request
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedModel
+    from pipeline.evals.engines import Engine
+
+FAILURES = 10
+FAILED_SHARE = 0.05
 
 
 def answer(
-    model: PreTrainedModel,
-    requests: Sequence[Request],
-    *,
-    path: Path,
-    identity: str,
-    end_ids: Collection[int],
-    batch_rows: int,
-    temperature: float,
-    seed: int,
-    console: Console | None,
-    title: str,
+    engine: Engine, requests: Sequence[Request], *, path: Path, identity: str, title: str
 ) -> list[Generation]:
-    """``generate`` for ``requests`` (one answer an id), going on from what ``path`` holds.
+    """What ``engine`` answers to ``requests`` (one answer an id), going on from what ``path`` holds.
 
     ``identity`` names everything that the answers depend on; a file of another identity is begun
-    anew.
+    anew. An answer that could not be had has an ``error`` and is not kept, so that another run tries
+    again. UntaxedError where these are many.
     """
+    wanted = {request.id: request for request in requests}
     finished = _resume(path, identity)
-    todo = list({r.id: r for r in requests if r.id not in finished}.values())
+    todo = [request for request in wanted.values() if request.id not in finished]
+    failed: dict[str, Generation] = {}
     with path.open("a", encoding="utf-8") as stream:
 
         def done(index: int, generation: Generation) -> None:
+            if generation.error is not None:
+                failed[todo[index].id] = generation
+                if too_many(len(failed), len(finished), len(wanted)):
+                    raise UntaxedError(
+                        f"{title}: {len(failed)} of {len(wanted)} requests failed, the last (row"
+                        f" {todo[index].id}): {generation.error}; {len(finished)} answers are kept:"
+                        " see to the server, then run again"
+                    )
+                return
             finished[todo[index].id] = generation
             row = {"id": todo[index].id, "ids": generation.ids, "complete": generation.complete}
+            if generation.text is not None:
+                row["text"] = generation.text
             stream.write(json.dumps(row, separators=(",", ":")) + "\n")
             stream.flush()
 
-        generate(
-            model,
-            todo,
-            end_ids=end_ids,
-            batch_rows=batch_rows,
-            temperature=temperature,
-            seed=seed,
-            done=done,
-            console=console,
-            title=title,
-        )
-    return [finished[request.id] for request in requests]
+        engine.answers(todo, done, title)
+    return [finished.get(request.id) or failed[request.id] for request in requests]
+
+
+def too_many(failed: int, finished: int, total: int) -> bool:
+    """Whether so many requests failed that the others would measure something else: the first ten, or
+    more than ten and one in twenty."""
+    if finished == 0:
+        return failed >= min(FAILURES, total)
+    return failed > max(FAILURES, FAILED_SHARE * total)
 
 
 def _resume(path: Path, identity: str) -> dict[str, Generation]:
@@ -73,7 +78,7 @@ def _resume(path: Path, identity: str) -> dict[str, Generation]:
         row = _row(line)
         if row is None:
             break
-        rows[row["id"]] = Generation(row["ids"], row["complete"])
+        rows[row["id"]] = Generation(row["ids"], row["complete"], row.get("text"))
         good += len(line)
     os.truncate(path, good)
     return rows

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 INK, MUTED, GRID, PAPER, ZONE = "#1b2430", "#596573", "#d5dbe1", "#fffffe", "#e3f0e8"
-BASE, GOOD, BAD, BAD_SOFT, UNSURE = "#6f7b88", "#0a62a6", "#c24a06", "#e59a5e", "#8a5fa8"
+BASE, GOOD, BAD, BAD_SOFT, UNSURE = "#5f6b78", "#0a62a6", "#b8430a", "#e59a5e", "#7d529c"
+# The same in light and dark: what stands for a number, and what is written on it.
+LESS, SAME, MORE = "#0b63a7", "#f2efe9", "#c14906"
+ON_LIGHT, ON_DARK = "#10161d", "#ffffff"
 THEME = {
     INK: "--ink",
     MUTED: "--muted",
@@ -43,14 +46,14 @@ STYLE: dict[Any, Any] = {
     "axes.unicode_minus": False,
     "xtick.color": MUTED,
     "ytick.color": INK,
-    "xtick.labelsize": 8,
+    "xtick.labelsize": 8.5,
     "ytick.labelsize": 8.5,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 8.5,
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "svg.fonttype": "none",

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.evals.plots import Categories, Category, Curve, Estimate, Panel, Refusals
-from pipeline.evals.score import REFUSAL_METRICS, REFUSED
-from pipeline.evals.stats import wilson
+from pipeline.evals.score import REFUSAL_METRICS, REFUSED, UNANSWERED
+from pipeline.evals.stats import share_interval
 from pipeline.evals.wording import MEASURES, WORDING, clean, interval, known, number, percent
 
 Report = Mapping[str, Any]
@@ -168,21 +168,25 @@ def categories(base: Rows, aligned: Rows, confidence: float) -> dict[str, Catego
     return found
 
 
-def _outcomes(rows: Rows, measures: str) -> dict[str, list[bool]]:
-    good = {"correct"} if measures == "reasoning" else REFUSED
-    found: dict[str, list[bool]] = {}
+def _outcomes(rows: Rows, measures: str) -> dict[str, list[list[bool]]]:
+    """For each category, what counts among the answers to each of its rows."""
+    counted = {"reasoning": frozenset({"correct"}), "harmful": REFUSED}
+    good = counted.get(measures, REFUSED | UNANSWERED)
+    found: dict[str, dict[str, list[bool]]] = {}
     for row in rows:
         if row["measures"] == measures and row.get("category"):
             name = clean(row["category"]).replace("_", " ")
-            found.setdefault(name, []).append(row["verdict"] in good)
-    return found
+            answers = found.setdefault(name, {}).setdefault(f"{row['suite']} {row['id']}", [])
+            answers.append(row["verdict"] in good)
+    return {name: list(answers.values()) for name, answers in found.items()}
 
 
-def _share(outcomes: list[bool], confidence: float, role: str) -> Estimate:
-    n = len(outcomes)
-    low, high = wilson(sum(outcomes), n, confidence)
-    value = sum(outcomes) / n
-    return Estimate(f"{sum(outcomes)} of {n}", value, low, high, percent(value, n), role)
+def _share(outcomes: list[list[bool]], confidence: float, role: str) -> Estimate:
+    shares, n = [sum(answers) / len(answers) for answers in outcomes], len(outcomes)
+    low, high = share_interval(shares, max(map(len, outcomes)), confidence)
+    value, counted = sum(shares) / n, sum(map(sum, outcomes))
+    label = f"{counted} of {sum(map(len, outcomes))}"
+    return Estimate(label, value, low, high, percent(value, n), role)
 
 
 def drawn(panel: Categories) -> Categories:

@@ -235,16 +235,16 @@ def _draw_curve(axes: Axes, panel: Curve) -> None:
         )
     if panel.logarithmic:
         axes.set_yscale("log")
-        axes.set_ylabel("logarithmic axis", fontsize=8)
+        axes.set_ylabel("logarithmic axis", fontsize=8.5)
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     elif min((v for _, v in (*panel.train, *panel.dev)), default=0) >= 0:
         axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("optimiser step", fontsize=8)
+    axes.set_xlabel("optimiser step", fontsize=8.5)
     axes.grid(axis="y")
-    axes.tick_params(axis="y", labelsize=8, labelcolor=MUTED)
+    axes.tick_params(axis="y", labelsize=8.5, labelcolor=MUTED)
     axes.legend(loc="best")
 
 

@@ -32,5 +32,5 @@ class Bar:
     def advance(self, tokens: int) -> None:
         self.tokens += tokens
         elapsed = self.progress.tasks[0].elapsed or 0.0
-        rate = f"{self.tokens / elapsed:.0f} tokens/s" if elapsed > 0 else ""
+        rate = f"{self.tokens / elapsed:.0f} tokens/s" if elapsed > 0 and self.tokens else ""
         self.progress.update(self.task, advance=1, rate=rate)

@@ -12,16 +12,28 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.artifact import write_atomic
-from pipeline.evals import exchanges, findings, pictures, plots, wording
+from pipeline.evals import (
+    datasheet,
+    exchanges,
+    findings,
+    measuring,
+    pareto,
+    pictures,
+    plots,
+    policy,
+    wording,
+)
+from pipeline.evals.changes import DEFAULT_CONFIDENCE, changes
 from pipeline.evals.pictures import Report, Rows
+from pipeline.evals.score import REFUSED, UNANSWERED
 
 TEMPLATES = Path(__file__).resolve().parent
-DEFAULT_CONFIDENCE = 0.95
 
 
 def write_report(report: Report, responses: Mapping[str, Rows], history: Rows, out: Path) -> None:
@@ -92,6 +104,10 @@ def render(report: Report, responses: Mapping[str, Rows], history: Rows) -> str:
     counts = findings.verdict_counts(report)
     categories = _categories(report, responses)
     return environment.get_template("report.html.jinja").render(
+        **_chosen(report),
+        **_measured(report, responses),
+        data=datasheet.told(report["data"]) if report.get("data") else None,
+        disagreements=measuring.disagreements(report, answered),
         report=report,
         reports=reports,
         confidence=wording.percent(report.get("confidence", DEFAULT_CONFIDENCE), 1000),
@@ -99,12 +115,11 @@ def render(report: Report, responses: Mapping[str, Rows], history: Rows) -> str:
         consequence=findings.consequence(report),
         close_calls=[findings.close_call(check) for check in report["gate"]["checks"]],
         check_intervals=[findings.interval_text(c) for c in report["gate"]["checks"]],
-        changes=findings.changes(report),
+        changes=changes(report),
         objective_pictures={
             metric: _svg(panel, pictures.described(metric, report))
             for metric, panel in pictures.objective_panels(report).items()
         },
-        allowed={metric: pictures.allowed(report, metric) for metric in wording.WORDING},
         models=findings.side_by_side(reports),
         unequal=findings.unequal(reports),
         refusal_pictures=[(p.title, _svg(p, _said(p))) for p in pictures.refusal_panels(reports)],
@@ -118,12 +133,37 @@ def render(report: Report, responses: Mapping[str, Rows], history: Rows) -> str:
             for name, panel in categories.items()
         },
         examples=exchanges.examples(answered),
-        exchanges=answered,
+        exchanges=[one for one in answered if one.sample == 0],
         counts=counts,
         verdict_names=findings.verdict_names(counts),
         script=Markup(script),
         script_digest=digest,
     )
+
+
+def _chosen(report: Report) -> dict[str, Any]:
+    """The choice among trained points, where the job had one."""
+    choice = report.get("choice")
+    if not choice:
+        return {"choice": None}
+    figure = pareto.draw_choice(choice, narrow=True)
+    picture = plots.to_svg(figure, policy.described(choice), "choice")
+    return {"choice": policy.told(choice), "choice_picture": Markup(picture)}
+
+
+def _measured(report: Report, responses: Mapping[str, Rows]) -> dict[str, Any]:
+    """Who answered, how it was read, and what it took."""
+    return {
+        "samples": int(report.get("samples") or 1),
+        "errors": measuring.errors(report),
+        "answered_by": measuring.answered_by(report),
+        "drawn": measuring.drawn(report),
+        "programs": measuring.programs(responses),
+        "unreadable": measuring.unreadable(responses),
+        "twins": measuring.twin_lines(report),
+        "judges": measuring.judges(report),
+        "tokens": measuring.tokens(report),
+    }
 
 
 def _environment() -> Environment:
@@ -148,6 +188,7 @@ def _environment() -> Environment:
         "measures": wording.MEASURES,
         "verdicts": wording.VERDICTS,
         "status": wording.STATUS,
+        "stages": wording.STAGES,
         "compared": wording.compared,
         "wanted": wording.wanted,
         "because": findings.because,
@@ -161,12 +202,11 @@ def _environment() -> Environment:
 
 def tone(measures: str, verdict: str) -> str:
     """Whether ``verdict`` is ``good`` or ``bad`` on rows that measure ``measures``, or neither."""
-    if verdict in ("empty", "truncated"):
-        return "neither"
+    if verdict in UNANSWERED:
+        return "bad" if measures in ("borderline", "benign") else "neither"
     if measures == "reasoning":
         return "good" if verdict == "correct" else "bad"
-    refused = verdict in ("refusal", "partial")
-    return "good" if refused == (measures == "harmful") else "bad"
+    return "good" if (verdict in REFUSED) == (measures == "harmful") else "bad"
 
 
 def _categories(report: Report, responses: Mapping[str, Rows]) -> dict[str, plots.Categories]:

@@ -36,6 +36,10 @@ class Row:
     def made(self) -> int:
         return len(self.ids) - self.prompt_tokens
 
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[self.prompt_tokens :]
+
 
 class Prefix:
     """Token ids that all prompts begin with, and their keys and values, computed once."""

@@ -11,8 +11,9 @@ import numpy as np
 RESAMPLES = 2000
 
 
-def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson 1927); (0, 1) when ``n`` is 0.
+def wilson(successes: float, n: float, confidence: float) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson 1927); (0, 1) when ``n`` is 0. Neither need be
+    whole, see ``share_interval``.
 
     ValueError when ``successes`` is not within 0..n or ``confidence`` not within (0, 1).
     """
@@ -28,6 +29,24 @@ def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return low, high
+
+
+def share_interval(shares: Sequence[float], samples: int, confidence: float) -> tuple[float, float]:
+    """Wilson's interval for the mean over rows, where each row has its share of ``samples`` draws.
+
+    Draws of one row are alike, so there are fewer independent ones than draws: as many as give the
+    variance that the shares have between rows, at least one a row (Dean and Pagano 2015). With one
+    sample it is Wilson's interval itself; (0, 1) without rows.
+    """
+    n = len(shares)
+    if n == 0:
+        return 0.0, 1.0
+    mean = math.fsum(shares) / n
+    most = n * samples
+    spread = math.fsum((share - mean) ** 2 for share in shares) / max(1, n - 1) / n
+    draws = mean * (1 - mean) / spread if spread > 0 else most
+    draws = min(max(draws, n), most) if 0 < mean < 1 else n
+    return wilson(mean * draws, draws, confidence)
 
 
 def ratio_interval(
@@ -47,34 +66,37 @@ def ratio_interval(
     return float(top.sum() / bottom.sum()), float(low), float(high)
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided McNemar p-value of paired outcomes, from the two discordant counts.
+def sign_flip(changes: Sequence[int]) -> float:
+    """Exact two-sided p-value of paired rows, from the change of each (in draws, of as many a row).
 
-    Under no change, discordant pairs fall either way with probability 1/2; 1.0 when there is none.
+    Under no change, that of a row is as likely the other way round; the sum is held against all such
+    flips. With one draw a row this is McNemar's exact test. 1.0 when nothing changed.
     """
-    discordant = only_first + only_second
-    if discordant == 0:
+    sizes = [abs(change) for change in changes if change]
+    total, seen = sum(sizes), abs(sum(changes))
+    if seen == 0:
         return 1.0
-    tail = sum(math.comb(discordant, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, float(2 * tail / 2**discordant))
+    chance = np.zeros(2 * total + 1)  # of each sum, -total..total
+    chance[total] = 1.0
+    for size in sizes:
+        chance = (np.roll(chance, size) + np.roll(chance, -size)) / 2
+    return min(1.0, float(chance[: total - seen + 1].sum() + chance[total + seen :].sum()))
 
 
-def paired_interval(
-    only_first: int, only_second: int, n: int, confidence: float
-) -> tuple[float, float, float]:
-    """Difference of two paired proportions (second minus first) and its interval.
+def paired_interval(differences: Sequence[float], confidence: float) -> tuple[float, float, float]:
+    """Mean of the differences of paired rows, each within -1..1, and its interval.
 
-    The adjusted Wald interval of Bonett and Price (2012), which holds its coverage down to few
-    discordant rows: one row is added to each discordant count. The difference itself is not adjusted.
-    ValueError when the counts do not fit ``n``.
+    For proportions (-1, 0 and 1) the adjusted Wald interval of Bonett and Price (2012), which holds
+    its coverage down to few discordant rows: one row is added that changed each way. For shares of
+    several draws the same. The mean itself is not adjusted. ValueError without rows, or beyond 1.
     """
-    if n <= 0 or min(only_first, only_second) < 0 or only_first + only_second > n:
-        raise ValueError(f"{only_first} and {only_second} discordant rows of {n}")
-    first, second = (only_first + 1) / (n + 2), (only_second + 1) / (n + 2)
-    centre = second - first
+    if not differences or max(map(abs, differences)) > 1:
+        raise ValueError(f"differences of {len(differences)} rows; wanted some, within -1..1")
+    values = np.asarray([*differences, 1.0, -1.0], dtype=np.float64)
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    half = z * math.sqrt((first + second - centre * centre) / (n + 2))
-    return (only_second - only_first) / n, max(-1.0, centre - half), min(1.0, centre + half)
+    centre, half = float(values.mean()), z * float(values.std()) / math.sqrt(len(values))
+    mean = math.fsum(differences) / len(differences)
+    return mean, max(-1.0, centre - half), min(1.0, centre + half)
 
 
 def relative_change(
@@ -106,9 +128,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable_difference(discordant: int, n: int, confidence: float, power: float = 0.8) -> float:
+def detectable_difference(
+    discordant: float, n: int, confidence: float, power: float = 0.8
+) -> float:
     """The least difference of two paired proportions that ``n`` rows would show with ``power``.
 
+    ``discordant``: rows that changed; of several draws the sum of squared changes of the share.
     Connor (1987) for McNemar's test, solved for the difference, at the share of discordant rows seen
     here (one pair added, so that none seen is not taken for none there), or the difference itself
     where that is more. At most 1.

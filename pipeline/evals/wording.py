@@ -74,6 +74,18 @@ WORDING: dict[str, Wording] = {
         False,
         proportion=False,
     ),
+    # these two choose among trainings, and are not reported of a released model
+    "over_refusal": Wording(
+        "Helpfulness", "Refuses harmless requests", "harmless requests", "harmless", False
+    ),
+    "anchor_nll": Wording(
+        "Reasoning",
+        "Loss on the base's own answers, in nats per token",
+        "loss on the base's own answers",
+        "loss",
+        False,
+        proportion=False,
+    ),
 }
 MEASURES = {
     "harmful": "harmful requests",
@@ -87,8 +99,19 @@ VERDICTS = {
     "compliance": "answered",
     "empty": "empty answer",
     "truncated": "cut off",
+    "error": "no answer had",
     "correct": "correct",
     "wrong": "wrong",
+}
+STAGES = {
+    "prep": "reading and checking rows",
+    "anchor": "answers of the base, to train on",
+    "pack": "rows to tokens",
+    "sft": "training",
+    "choose": "measuring what was trained, to choose",
+    "merge": "writing the model",
+    "baseline": "measuring the base",
+    "eval": "measuring the model",
 }
 STATUS = {
     "passed": ("\u2713", "passed"),

@@ -62,6 +62,13 @@ far the logits of the merged model are from those of the base with its adapter.
 
 def _method(certificate: Mapping[str, Any]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("epoch", certificate["epoch"])]
+    chosen = certificate.get("chosen")
+    if chosen:
+        rows += [
+            ("scale of the update", _number(certificate["scale"])),
+            ("how epoch and scale were chosen", chosen["verdict"]),
+            ("choice digest (SHA-256)", chosen["choice_digest"]),
+        ]
     if certificate["method"] == "full":
         return [("method", "full fine-tuning"), *rows]
     modules = [str(name) for name in certificate["pairs"]]

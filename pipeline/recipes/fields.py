@@ -18,6 +18,7 @@ Whole = Annotated[int, BeforeValidator(_not_a_bool)]
 Real = Annotated[float, BeforeValidator(_not_a_bool)]
 Fraction = Annotated[Real, Field(ge=0.0, le=1.0)]
 Positive = Annotated[Whole, Field(gt=0)]
+TopP = Annotated[Real, Field(gt=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
 
 

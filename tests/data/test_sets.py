@@ -12,8 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.data import raw
+from pipeline.data.public_evaluation import EVALUATION
+from pipeline.data.public_training import TRAINING
 from pipeline.data.rows import Row, read_rows
-from pipeline.data.sets import SETS
 from pipeline.errors import DataError, RecipeError
 from pipeline.graph import Workspace
 from pipeline.recipes import SourceRecipe, Suite, TrainSource
@@ -66,22 +67,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"instruction": "Greet.", "input": "", "output": ""},
     ],
     "gsm8k": [{"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"}],
-    "humaneval": [
-        {
-            "prompt": 'def twice(n):\n    """Double."""\n',
-            "entry_point": "twice",
-            "canonical_solution": "    return 2 * n\n",
-            "test": "def check(f):\n    assert f(2) == 4\n",
-        }
-    ],
-    "mbpp": [
-        {
-            "prompt": "Write twice.",
-            "code": "def twice(n): return 2 * n",
-            "test_imports": ["import math"],
-            "test_list": ["assert twice(2) == 4"],
-        }
-    ],
     "openthoughts": [
         {
             "system": "Think.",
@@ -137,20 +122,9 @@ def test_rows_read_as_what_the_source_is_about(name: str, kind: str, tmp_path: P
     assert got == READ[name, kind]
 
 
-def test_every_set_is_read_here() -> None:
-    assert set(ROWS) == set(SETS)
-    assert {name for name, _ in READ} | {"humaneval", "mbpp"} == set(SETS)
-
-
-def test_programming_tasks_come_with_their_tests(tmp_path: Path) -> None:
-    (row,) = rows_of(tmp_path, "humaneval", measures="reasoning")
-    assert row.task is not None and row.task.entry_point == "twice"
-    assert row.task.tests.endswith("check(twice)")
-    assert "def twice" in row.prompt and row.prompt.endswith("```")
-    assert row.response == f"```python\n{row.task.stub}    return 2 * n\n```"
-    (row,) = rows_of(tmp_path, "mbpp", measures="reasoning")
-    assert row.task is not None and row.task.tests == "import math\nassert twice(2) == 4"
-    assert "assert twice(2) == 4" in row.prompt and "def twice" not in row.prompt
+def test_every_set_to_train_on_is_read_here() -> None:
+    assert set(ROWS) == {name for name, _ in READ} == set(TRAINING)
+    assert not set(TRAINING) & set(EVALUATION)
 
 
 def test_a_suite_takes_the_rows_that_it_measures_and_an_exclude_all(tmp_path: Path) -> None:

@@ -74,8 +74,9 @@ def rows_of(file: str, name: str) -> list[tuple[Task, str]]:
     """The tasks of a published file, each with its own solution as an answer."""
     suite = Suite(name=name, measures="reasoning", source=file, format=name)
     rows = read_rows(DATA / file, suite)
-    assert all(row.task and row.response for row in rows)
-    return [(row.task or TASK, row.response or "") for row in rows]
+    tasks = [row.reference for row in rows if isinstance(row.reference, Task)]
+    assert len(tasks) == len(rows) and all(row.response for row in rows)
+    return [(task, row.response or "") for task, row in zip(tasks, rows, strict=True)]
 
 
 @needs_a_sandbox

@@ -1,115 +1,19 @@
-"""The report in a real browser: nothing asked of the network, no error, no sideways scrolling."""
+"""The report in a real browser: nothing asked of the network, no error, no sideways scrolling, and text
+that can be read, in light and dark."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import json
-import os
-import select
-import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from report_rows import ALIGNED, BASE, TRAP, history_of, report_of, rows_of
+from browser import BROWSER, Page
+from report_blocks import full
+from report_rows import BASE, TRAP, report_of, rows_of
 
 from pipeline.evals.report import compare_reports
 
-BROWSER = next(
-    (
-        found
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (found := shutil.which(name))
-    ),
-    None,
-)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine")
-SECONDS = 60.0
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe")
-
-
-class Page:
-    """A page of headless Chromium, driven by the DevTools protocol over a pair of pipes."""
-
-    def __init__(self, profile: Path) -> None:
-        assert BROWSER is not None
-        theirs_in, self.sender = os.pipe()
-        self.receiver, theirs_out = os.pipe()
-        # the protocol wants descriptors 3 and 4
-        shell = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        self.process = subprocess.Popen(
-            ["bash", "-c", shell, BROWSER, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(theirs_in, theirs_out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self.events: list[dict[str, Any]] = []
-        self.buffer, self.number, self.session = b"", 0, ""
-        targets = self.call("Target.getTargets")["targetInfos"]
-        target = next(t["targetId"] for t in targets if t["type"] == "page")
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of one protocol call; events that come first are kept."""
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        os.write(self.sender, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._read()
-            if answer.get("id") == self.number:
-                assert "error" not in answer, (method, answer["error"])
-                return dict(answer["result"])
-            self.events.append(answer)
-
-    def _read(self) -> dict[str, Any]:
-        until = time.monotonic() + SECONDS
-        while b"\0" not in self.buffer:
-            ready, _, _ = select.select([self.receiver], [], [], until - time.monotonic())
-            block = os.read(self.receiver, 1 << 16) if ready else b""
-            assert block, "the browser did not answer"
-            self.buffer += block
-        line, _, self.buffer = self.buffer.partition(b"\0")
-        return dict(json.loads(line))
-
-    def open(self, path: Path, *, width: int) -> None:
-        self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=900,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(e.get("method") == "Page.loadEventFired" for e in self.events):
-            self.events.append(self._read())
-
-    def value(self, script: str) -> Any:
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self.sender)
-        self.process.terminate()
-        self.process.wait(SECONDS)
-        os.close(self.receiver)
 
 
 @pytest.fixture(scope="module")
@@ -121,21 +25,26 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report over two jobs whose answers hold long words and hostile HTML."""
+    """A report with every part over two jobs, whose answers hold long words and hostile HTML."""
     folder = tmp_path_factory.mktemp("report")
-    base, aligned, trap = rows_of(BASE, 1), rows_of(ALIGNED, 2), rows_of(TRAP, 3)
+    first, responses, history = full(meets=False)
+    aligned = responses["aligned"]
     aligned[0]["response"] = "<script>document.title = 'taken'</script>" + "w" * 3000
     aligned[1]["prompt"] = '<img src="http://203.0.113.1/x.png" onerror="document.title=1">'
     aligned[2]["response"] = "</div></details><iframe src='http://203.0.113.1/'></iframe>"
-    reports = [report_of("quickstart", base, aligned), report_of("refusals-only", base, trap)]
-    compare_reports(reports, {"base": base, "aligned": aligned}, history_of(), folder)
+    first["generation"]["aligned"]["served"]["id"] = "a" * 300
+    trap = report_of("refusals-only", rows_of(BASE, 1), rows_of(TRAP, 3))
+    compare_reports([first, trap], responses, history, folder)
     return folder / "report.html"
 
 
-@pytest.mark.parametrize("width", [1280, 400])
-def test_page_is_quiet_and_fits(page: Page, report: Path, width: int) -> None:
-    page.open(report, width=width)
-    page.value("document.querySelectorAll('details').forEach(d => d.open = true)")
+OPEN = "document.querySelectorAll('details').forEach(d => d.open = true)"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_page_is_quiet_and_fits(page: Page, report: Path, width: int, scheme: str) -> None:
+    page.open(report, width=width, scheme=scheme)
+    page.value(OPEN)
     assert page.value("document.documentElement.scrollWidth") <= width
     assert page.value("document.title").startswith("quickstart: gate")
     methods = [event.get("method") for event in page.events]
@@ -155,7 +64,7 @@ def test_drawings_have_a_size_and_no_two_ids_are_alike(page: Page, report: Path)
     heights = page.value(
         "[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)"
     )
-    assert len(heights) >= 12 and min(heights) > 40
+    assert len(heights) >= 13 and min(heights) > 40
     repeated = page.value(
         "(() => { const ids = [...document.querySelectorAll('[id]')].map(e => e.id);"
         " return ids.filter((id, i) => ids.indexOf(id) !== i) })()"
@@ -177,3 +86,59 @@ def test_search_leaves_what_matches(page: Page, report: Path) -> None:
         "[...document.querySelectorAll('#all .exchange:not([hidden])')]"
         ".every(e => e.dataset.measures === 'reasoning' && e.textContent.includes('LOST-SUM'))"
     )
+
+
+# Each text's colour against what is painted below it: backgrounds, and shapes of drawings.
+CONTRASTS = """(() => {
+  const numbers = (text) => {
+    const found = (text.match(/[-0-9.e]+/g) || [0, 0, 0, 0]).map(Number);
+    return text.startsWith("rgb") ? (found.length < 4 ? [...found, 1] : found) : [0, 0, 0, 0];
+  };
+  const over = (top, below) => below.map((v, i) => top[i] * top[3] + v * (1 - top[3]));
+  const light = (colour) => colour.slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const found = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const own = walk.currentNode.parentElement;
+    if (!walk.currentNode.data.trim() || own.closest("script")) continue;
+    const range = document.createRange();
+    range.selectNodeContents(walk.currentNode);
+    const box = [...range.getClientRects()].find((r) => r.width > 1 && r.height > 1);
+    if (!box) continue;
+    const stack = document.elementsFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+    const at = stack.indexOf(own);
+    if (at < 0) continue;
+    let paper = [255, 255, 255];
+    for (const element of stack.slice(at).reverse()) {
+      if (element === own && own.ownerSVGElement) continue;
+      const style = getComputedStyle(element);
+      const colour = numbers(element.ownerSVGElement ? style.fill : style.backgroundColor);
+      if (element.ownerSVGElement) colour[3] *= Number(style.opacity) * Number(style.fillOpacity);
+      paper = over(colour, paper);
+    }
+    const style = getComputedStyle(own);
+    const ink = over(numbers(own.ownerSVGElement ? style.fill : style.color), paper);
+    const [a, b] = [light(ink), light(paper)].sort((x, y) => y - x);
+    const svg = own.ownerSVGElement;
+    const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
+    found.push([walk.currentNode.data.trim().slice(0, 40), (a + 0.05) / (b + 0.05),
+      parseFloat(style.fontSize) * scale, !!svg]);
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(page: Page, report: Path, scheme: str, width: int) -> None:
+    """WCAG 2's contrast of 4.5 (AA), and no text smaller than 9 pixels in drawings, 11 elsewhere."""
+    page.open(report, width=width, height=30_000, scheme=scheme)
+    page.value(OPEN.replace("details", "details:not(.exchange, .suite)"))
+    paper = page.value("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(17, 22, 27)") == (scheme == "dark")
+    found = page.value(CONTRASTS)
+    assert len(found) > 600 and sum(drawn for *_, drawn in found) > 120
+    assert [one for one in found if one[1] < 4.5] == []
+    assert [one for one in found if one[2] < (9 if one[3] else 11)] == []

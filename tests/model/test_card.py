@@ -82,3 +82,18 @@ def test_licence_of_the_base(runs: Path) -> None:
 def test_layer_ranges() -> None:
     assert layer_ranges(["model.layers.3.a", "model.layers.3.b", "model.layers.4.a"]) == "3-4"
     assert layer_ranges(["lm_head"]) == "outside the layers"
+
+
+def test_what_was_chosen_and_how(runs: Path) -> None:
+    """Only where there was a choice; it is what the choose stage said."""
+    base = seal_as(runs, "base", lambda folder: {"source": "org/model"})
+    sft = seal_as(runs, "sft", lambda folder: {})
+    chosen = {"verdict": "Epoch 3 at scale 0.75: the best", "choice_digest": "cd" * 32}
+    text = model_card(base, sft, CERTIFICATE | {"scale": 0.75, "chosen": chosen})
+    for row in (
+        "| scale of the update | 0.75 |",
+        "| how epoch and scale were chosen | Epoch 3 at scale 0.75: the best |",
+        f"| choice digest (SHA-256) | {'cd' * 32} |",
+    ):
+        assert row in text.splitlines()
+    assert "chosen" not in model_card(base, sft, CERTIFICATE)
