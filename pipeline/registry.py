@@ -59,7 +59,12 @@ class Registry:
             self.client.set_registered_model_alias(version.name, "candidate", version.version)
 
     def release(self, event: Event) -> None:
-        """Let ``released`` follow the gate; DataError when the model that passed is gone."""
+        """Let ``released`` follow the gate; DataError when the model that passed is gone.
+
+        What a server answered passes nothing here: which weights it has is not known.
+        """
+        if event.get("served") and event["gate_passed"]:
+            return
         version = self._version(event, None)
         if version is None:
             if event["gate_passed"]:

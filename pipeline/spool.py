@@ -179,6 +179,7 @@ def sealed(kind: str, job: Job, planned: Planned, artifact: Artifact, metrics: M
         "folder": artifact.folder.name,
         "model": _model(planned, artifact),
         "gate_passed": manifest.facts.get("gate_passed"),
+        "served": (manifest.facts.get("generation") or {}).get("engine") == "endpoint",
         "datasets": list(_datasets(planned, manifest.inputs)),
         "metrics_at": at,
         "metrics": [

@@ -69,6 +69,18 @@ def test_released_follows_the_gate_on_the_digest_that_was_evaluated(
     assert len(records.parents()) == 2
 
 
+def test_what_a_server_answered_releases_nothing(play: Callable[..., Play]) -> None:
+    """Which weights a server has under a name is not known."""
+    job = play()
+    job.through(*stages_of(job.job), gate_passed=True, generation={"engine": "endpoint"})
+    records = Records(job.runs)
+    assert records.aliases() == {"candidate": "1"}
+    job.finish("eval", gate_passed=True, generation={"engine": "embedded"})
+    assert records.aliases() == {"candidate": "1", "released": "1"}
+    job.finish("eval", gate_passed=False, generation={"engine": "endpoint"})
+    assert records.aliases() == {"candidate": "1"}
+
+
 def test_a_job_that_shares_the_merged_model_registers_it_under_its_own_name(
     play: Callable[..., Play],
 ) -> None:

@@ -57,12 +57,14 @@ def read_development(
     if choose.dev is not None:
         rows = {_id(row): row for row in read_lines(conversations.path("dev.jsonl"))}
         items += _split_off(list(rows.values()), choose.dev)
-    held = [turn for suite in reported for turn in _turns(suite, inputs)]
+    held = [t for suite in reported for row in _bare(suite, inputs) for t in row.user_turns]
     trained = [_prompt(row) for row in read_lines(conversations.path("train.jsonl"))]
-    asked = [(item.row.id, turn) for item in items for turn in item.row.user_turns]
+    # as they stand in their files: a suite's options and how to answer would hide what is the same
+    bare = {row.id: row for suite in choose.suites for row in _bare(suite.whole, inputs)}
+    asked = [bare.get(item.row.id, item.row) for item in items]
     same = {
-        "reported": _alike(asked, held, threshold),
-        "trained": _alike([(item.row.id, item.row.prompt) for item in items], trained, threshold),
+        "reported": _alike([(row.id, t) for row in asked for t in row.user_turns], held, threshold),
+        "trained": _alike([(row.id, row.prompt) for row in asked], trained, threshold),
     }
     kept = [item for item in items if not any(item.row.id in ids for ids in same.values())]
     _check_left(items, kept, same)
@@ -95,9 +97,8 @@ def _id(row: Mapping[str, Any]) -> str:
     return f"dev/{row['id']}"
 
 
-def _turns(suite: EvalSource, inputs: Mapping[str, Artifact]) -> list[str]:
-    rows = read_rows(inputs[f"data.{suite.name}"], suite)
-    return [turn for row in rows for turn in row.user_turns]
+def _bare(suite: EvalSource, inputs: Mapping[str, Artifact]) -> list[Row]:
+    return read_rows(inputs[f"data.{suite.name}"], suite)
 
 
 def _prompt(row: Mapping[str, Any]) -> str:

@@ -89,3 +89,40 @@ def test_a_suite_that_is_reported_under_another_name_is_refused(runs: Path) -> N
 def test_a_suite_of_problems_needs_their_answers(runs: Path) -> None:
     with pytest.raises(RecipeError, match=r"choose\.suites own: measures reasoning and names no"):
         development(runs, PROMPTS[:1], PROMPTS[1:3], [], [], measures="reasoning")
+
+
+def test_rows_are_compared_without_what_their_set_adds(runs: Path) -> None:
+    """Short options and how to answer would make the same question look like another one."""
+    rows = [
+        {
+            "question": f"{word} of these?",
+            "options": ["a long first choice", "some other second one", "neither of those two"],
+            "answer": "A",
+            "answer_index": 0,
+            "category": "math",
+        }
+        for word in ("Which", "Why", "None")
+    ]
+    choose = ChooseRecipe.model_validate(
+        {
+            "dev": None,
+            "suites": [
+                {"name": "own", "measures": "reasoning", "source": "x", "format": "mmlu-pro"}
+            ],
+            "wanted": [{"metric": "reasoning_accuracy", "at_least": 0.5}],
+        }
+    )
+    reported = EvalSource.model_validate(
+        {"name": "told", "measures": "reasoning", "source": "y", "format": "mmlu-pro"}
+    )
+    inputs = {
+        "prep": seal_as(runs, "prep", lambda f: [(f / n).touch() for n in FILES] and None),
+        "data.own": seal_rows(runs, rows),
+        "data.told": seal_rows(runs, rows[:2]),
+    }
+    found = read_development(choose, [reported], inputs, 0.8)
+    assert [item.row.id for item in found.items] == ["own:3"]
+    assert found.dropped == {"reported": 2, "trained": 0}
+
+
+FILES = ("train.jsonl", "dev.jsonl")
