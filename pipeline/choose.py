@@ -151,7 +151,8 @@ class _Trial:
             )
         title = f"choose {self.number}/{self.total}"
         confidence = self.recipe.confidence
-        sampling = Sampling(self.recipe.batch_rows, 0.0, 0)
+        drawn = self.recipe
+        sampling = Sampling(drawn.batch_rows, drawn.temperature, drawn.seed, drawn.top_p)
         answers = respond(
             Embedded(model, self.chat, sampling, self.context.console),
             self.chat,

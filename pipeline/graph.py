@@ -11,6 +11,7 @@ from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, RecipeError, UntaxedError
 from pipeline.recipes import (
+    DEV_TOKENS,
     AnchorRecipe,
     BaseRecipe,
     Batch,
@@ -63,6 +64,9 @@ class ChooseStep(Frozen):
     reported: tuple[EvalSource, ...]
     chat: ChatRecipe
     batch_rows: int
+    temperature: float
+    top_p: float
+    seed: int
     confidence: float
     near_duplicate_threshold: float
     survival_floor: float
@@ -125,13 +129,21 @@ def _baseline(job: Job) -> BaselineStep:
 
 def _choose(job: Job) -> ChooseStep:
     assert job.choose is not None
+    choose, dev = job.choose, job.choose.dev
+    if dev is not None and dev.max_new_tokens is None:
+        tokens = [s.max_new_tokens for s in job.eval.suites if s.measures != "reasoning"]
+        dev = dev.model_copy(update={"max_new_tokens": max(tokens, default=DEV_TOKENS)})
+        choose = choose.model_copy(update={"dev": dev})
     names = EvalSource.model_fields
     reported = [{name: getattr(suite, name) for name in names} for suite in job.eval.suites]
     return ChooseStep(
-        choose=job.choose,
+        choose=choose,
         reported=tuple(EvalSource(**said) for said in reported),
         chat=job.chat,
         batch_rows=job.eval.batch_rows,
+        temperature=job.eval.temperature,
+        top_p=job.eval.top_p,
+        seed=job.eval.seed,
         confidence=job.eval.confidence,
         near_duplicate_threshold=job.prep.near_duplicate_threshold,
         survival_floor=job.merge.survival_floor,

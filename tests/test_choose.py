@@ -21,7 +21,7 @@ from pipeline.errors import RecipeError
 from pipeline.evals import generate
 from pipeline.evals.choice import front, read_choice
 from pipeline.evals.score import measure, read_lines
-from pipeline.graph import Planned, Workspace, plan_job
+from pipeline.graph import ChooseStep, Planned, Workspace, plan_job
 from pipeline.jobfile import load_job
 from pipeline.recipes import Bound
 from pipeline.stage import Context
@@ -236,6 +236,12 @@ def test_the_policy_is_part_of_what_merge_and_eval_are(chain: dict[str, Planned]
     more = ("eval.suites.0.max_new_tokens=99",)
     longer = plan_job(load_job(path, more), Workspace(runs), adopt=False)
     assert longer["choose"].key == chain["choose"].key
+    # A model that thinks needs the room to come to an answer that the reported suites give it.
+    free = (*more, "choose.dev={}", "eval.temperature=0.5", "eval.top_p=0.9")
+    step = plan_job(load_job(path, free), Workspace(runs), adopt=False)["choose"].recipe
+    assert isinstance(step, ChooseStep) and step.choose.dev is not None
+    assert step.choose.dev.max_new_tokens == 99
+    assert (step.temperature, step.top_p) == (0.5, 0.9)
 
 
 def again(chain: dict[str, Planned], folder: Path, **change: Any) -> dict[str, Any]:

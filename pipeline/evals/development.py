@@ -16,7 +16,7 @@ from pipeline.data.rows import Row, read_rows, spread
 from pipeline.errors import DataError
 from pipeline.evals.score import read_lines
 from pipeline.evals.verdicts import Item, read_items
-from pipeline.recipes import ChooseRecipe, DevRows, EvalSource, Suite
+from pipeline.recipes import DEV_TOKENS, ChooseRecipe, DevRows, EvalSource, Suite
 from pipeline.recipes.choosing import MEASURED
 
 MEASURES = {"refusal": "harmful", "anchor": "benign"}
@@ -82,7 +82,7 @@ def _split_off(rows: Sequence[Mapping[str, Any]], recipe: DevRows) -> list[Item]
                 name=f"dev-{source}"[:40],
                 source="dev.jsonl",
                 measures=MEASURES[row["kind"]],  # type: ignore[arg-type]
-                max_new_tokens=recipe.max_new_tokens,
+                max_new_tokens=recipe.max_new_tokens or DEV_TOKENS,
             )
             place = f"dev.jsonl: {row['id']}"
             messages = tuple(row["messages"])

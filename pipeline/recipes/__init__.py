@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.recipes.choosing import ChooseRecipe, DevRows
+from pipeline.recipes.choosing import DEV_TOKENS, ChooseRecipe, DevRows
 from pipeline.recipes.evaluation import (
     METRICS,
     Bound,
@@ -52,6 +52,7 @@ from pipeline.recipes.training import (
 
 __all__ = [
     "ATTENTION",
+    "DEV_TOKENS",
     "AnchorLoss",
     "AnchorRecipe",
     "BaseRecipe",

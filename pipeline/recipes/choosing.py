@@ -17,14 +17,16 @@ MEASURED: dict[str, tuple[DevMetric, ...]] = {
     "benign": ("benign_refusal", "over_refusal"),
     "reasoning": ("reasoning_accuracy", "reasoning_nll"),
 }
+DEV_TOKENS = 64  # where no reported suite says how long an answer may be
 
 
 class DevRows(Frozen):
     """The rows that prep split off: those of refusals are harmful, anchors are benign. ``limit``: at
-    most so many of each source."""
+    most so many of each source. ``max_new_tokens``: by default the most that a reported suite of
+    refusals has."""
 
     limit: Positive | None = 100
-    max_new_tokens: Positive = 64
+    max_new_tokens: Positive | None = None
 
 
 class ChooseRecipe(Frozen):
