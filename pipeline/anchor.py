@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.data.chat import Chat, Message, check_generation_prompt
+from pipeline.data.rows import prompt_of
 from pipeline.errors import DataError
 from pipeline.evals.asking import Generation, Request
 from pipeline.evals.engines import Engine, open_engine, request_for
@@ -83,7 +84,8 @@ def run(
         "tokens": tokens,
         "dropped": dict(sorted(dropped.items())),
         "refusals_kept": sum(
-            judge_refusal(_asked(row), row["response"]) != "compliance" for row in kept.values()
+            judge_refusal(prompt_of(row["messages"]), row["response"]) != "compliance"
+            for row in kept.values()
         ),
         **facts,
         "generation": engine.facts,
@@ -160,7 +162,7 @@ def reword(
     """(why it may not replace the refusal of ``row``, or None; the row with it)."""
     flaw, filled = _answered(row, generation, chat, truncated="drop")
     if flaw is None:
-        verdict = judge_refusal(_asked(row), filled["response"])
+        verdict = judge_refusal(prompt_of(row["messages"]), filled["response"])
         flaw = None if verdict == "refusal" else verdict
     return flaw, filled
 
@@ -185,7 +187,7 @@ def fill(
     """(why it is dropped or None, the anchor row with its answer)."""
     flaw, filled = _answered(row, generation, chat, recipe.truncated)
     if flaw is None and recipe.drop_refusals:
-        verdict = judge_refusal(_asked(row), filled["response"])
+        verdict = judge_refusal(prompt_of(row["messages"]), filled["response"])
         flaw = "refusal" if verdict in ("refusal", "partial") else None
     return flaw, filled
 
@@ -229,10 +231,6 @@ def loops(ids: Sequence[int]) -> bool:
         if len(grams) >= 2 * LOOP_NGRAM and len(set(grams)) * 2 <= len(grams):
             return True
     return False
-
-
-def _asked(row: Mapping[str, Any]) -> str:
-    return "\n\n".join(m["content"] for m in row["messages"] if m["role"] == "user")
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:

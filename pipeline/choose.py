@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifact import Artifact, write_atomic
 from pipeline.data.chat import Chat, check_generation_prompt
 from pipeline.errors import DataError, RecipeError
-from pipeline.evals.choice import Point, pick, pooled
+from pipeline.evals.choice import Point, chosen_of, pick, pooled
 from pipeline.evals.development import Development, read_development
 from pipeline.evals.engines import Embedded
 from pipeline.evals.pareto import draw_choice
@@ -74,7 +74,7 @@ def run(
     (out / "pareto.png").write_bytes(to_png(draw_choice(choice)))
     told = {name: value for name, value in choice.items() if name != "points"}
     write_atomic(out / "choice.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
-    chosen = next(p for p in choice["points"] if _at(p) == _at(choice["chosen"]))
+    chosen = chosen_of(choice)
     return {
         **choice["chosen"],
         "meets": choice["meets"],
@@ -85,10 +85,6 @@ def run(
         "dropped": development.dropped,
         **{f"chosen_{name}": metric["value"] for name, metric in chosen["metrics"].items()},
     }
-
-
-def _at(point: Mapping[str, Any]) -> tuple[int, float]:
-    return point["epoch"], point["scale"]
 
 
 def _rows(recipe: ChooseStep, inputs: Mapping[str, Artifact], context: Context) -> Development:

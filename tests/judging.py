@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parts import adopt_folder, sample_rows, seal_as
+from parts import adopt_folder, sample_rows, sample_suites, seal_as
 from served import context
 from serving import Answer, Asked, Said, as_json, models
 
@@ -18,10 +18,8 @@ from pipeline.evals.score import read_lines
 from pipeline.graph import BaselineStep
 from pipeline.recipes import (
     ChatRecipe,
-    Columns,
     JudgeRecipe,
     ServedJudge,
-    Suite,
 )
 
 NAMES = {
@@ -30,16 +28,7 @@ NAMES = {
     "benign": "ordinary",
     "reasoning": "arithmetic",
 }
-SUITES = tuple(
-    Suite(
-        name=name,
-        measures=measures,
-        source=f"sample:{name}",
-        columns=Columns(response="answer" if measures == "reasoning" else None),
-        max_new_tokens=12,
-    )
-    for measures, name in NAMES.items()
-)
+SUITES = sample_suites(NAMES, max_new_tokens=12)
 SOURCE = {
     "name": "train",
     "kind": "refusal",
@@ -73,13 +62,22 @@ def judged_inputs(runs: Path, folders: dict[str, Path]) -> dict[str, Artifact]:
 
 
 def scored(
-    tmp_path: Path, inputs: dict[str, Artifact], *recipes: JudgeRecipe, name: str = "out"
+    tmp_path: Path,
+    inputs: dict[str, Artifact],
+    *recipes: JudgeRecipe,
+    name: str = "out",
+    batch_rows: int = 4,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows and scores of a baseline with these judges."""
     out = tmp_path / name
     out.mkdir(exist_ok=True)
     step = BaselineStep(
-        suites=SUITES, chat=ChatRecipe(), batch_rows=4, temperature=0.0, seed=0, judges=recipes
+        suites=SUITES,
+        chat=ChatRecipe(),
+        batch_rows=batch_rows,
+        temperature=0.0,
+        seed=0,
+        judges=recipes,
     )
     baseline.run(step, inputs, out, context(tmp_path / f"{name}.scratch"))
     return read_lines(out / "responses.jsonl"), json.loads((out / "scores.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers with two threads each w
 
 from pipeline import artifact as art
 from pipeline.artifact import Artifact
+from pipeline.recipes import Columns, Suite
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = ROOT / "pipeline" / "data" / "samples"
@@ -145,3 +146,17 @@ def _row(source: str, index: int, kind: str, row: dict[str, Any]) -> dict[str, A
         "think": None,
         "response": row["response"],
     }
+
+
+def sample_suites(names: Mapping[str, str], *, max_new_tokens: int) -> tuple[Suite, ...]:
+    """A suite for each measure, of the sample that ``names`` has for it."""
+    return tuple(
+        Suite(
+            name=name,
+            measures=measures,
+            source=f"sample:{name}",
+            columns=Columns(response="answer" if measures == "reasoning" else None),
+            max_new_tokens=max_new_tokens,
+        )
+        for measures, name in names.items()
+    )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pipeline.data.chat import Chat
 from pipeline.data.contamination import Suites, Text, text_of
 from pipeline.data.dedup import normalised
+from pipeline.data.rows import prompt_of
 from pipeline.errors import UntaxedError, one_line
 
 Judge = Callable[[str, str], str]
@@ -53,7 +54,7 @@ class Document:
 
     @property
     def asked(self) -> str:
-        return "\n\n".join(m["content"] for m in self.row["messages"] if m["role"] == "user")
+        return prompt_of(self.row["messages"])
 
     @property
     def tokens(self) -> int:

@@ -6,7 +6,7 @@ Shared by prep and the evaluation suites, so that both mean the same rows. Torch
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,12 +46,22 @@ class Row:
 
     @property
     def user_turns(self) -> tuple[str, ...]:
-        return tuple(m["content"] for m in self.messages if m["role"] == "user")
+        return user_turns(self.messages)
 
     @property
     def prompt(self) -> str:
         """The user's words; several turns are joined by an empty line."""
-        return "\n\n".join(self.user_turns)
+        return prompt_of(self.messages)
+
+
+def user_turns(messages: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """What the user said, turn by turn."""
+    return tuple(m["content"] for m in messages if m["role"] == "user")
+
+
+def prompt_of(messages: Sequence[Mapping[str, str]]) -> str:
+    """The user's words; several turns are joined by an empty line."""
+    return "\n\n".join(user_turns(messages))
 
 
 def read_rows(data: Artifact | Path, source: SourceRecipe) -> list[Row]:

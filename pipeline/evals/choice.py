@@ -137,6 +137,13 @@ def pick(
     }
 
 
+def chosen_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the points of ``choice`` the one that was picked."""
+    at = choice["chosen"]
+    points: Sequence[Mapping[str, Any]] = choice["points"]
+    return next(p for p in points if (p["epoch"], p["scale"]) == (at["epoch"], at["scale"]))
+
+
 def read_choice(folder: Path) -> dict[str, Any]:
     """What the choose stage wrote into ``folder``, with its points."""
     choice: dict[str, Any] = json.loads((folder / "choice.json").read_text(encoding="utf-8"))

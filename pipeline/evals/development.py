@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.artifact import Artifact
 from pipeline.data.dedup import overlaps
-from pipeline.data.rows import Row, read_rows, spread
+from pipeline.data.rows import Row, prompt_of, read_rows, spread
 from pipeline.errors import DataError
 from pipeline.evals.score import read_lines
 from pipeline.evals.verdicts import Item, read_items
@@ -58,7 +58,7 @@ def read_development(
         rows = {_id(row): row for row in read_lines(conversations.path("dev.jsonl"))}
         items += _split_off(list(rows.values()), choose.dev)
     held = [t for suite in reported for row in _bare(suite, inputs) for t in row.user_turns]
-    trained = [_prompt(row) for row in read_lines(conversations.path("train.jsonl"))]
+    trained = [prompt_of(row["messages"]) for row in read_lines(conversations.path("train.jsonl"))]
     # as they stand in their files: a suite's options and how to answer would hide what is the same
     bare = {row.id: row for suite in choose.suites for row in _bare(suite.whole, inputs)}
     asked = [bare.get(item.row.id, item.row) for item in items]
@@ -99,10 +99,6 @@ def _id(row: Mapping[str, Any]) -> str:
 
 def _bare(suite: EvalSource, inputs: Mapping[str, Artifact]) -> list[Row]:
     return read_rows(inputs[f"data.{suite.name}"], suite)
-
-
-def _prompt(row: Mapping[str, Any]) -> str:
-    return "\n\n".join(m["content"] for m in row["messages"] if m["role"] == "user")
 
 
 def _alike(asked: Sequence[tuple[str, str]], held: Sequence[str], threshold: float) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.evals.choice import missing
+from pipeline.evals.choice import chosen_of, missing
 from pipeline.evals.gate import ROUNDING, value_of
 from pipeline.evals.wording import (
     DASH,
@@ -30,7 +30,7 @@ OTHERWISE = {
 def told(choice: Choice) -> dict[str, Any]:
     """What the page says of ``choice`` (the block of that name in report.json)."""
     points = choice["points"]
-    chosen = next(p for p in points if _at(p) == _at(choice["chosen"]))
+    chosen = chosen_of(choice)
     tried = [p for p in points if p["epoch"]]
     return {
         "meets": choice["meets"],
@@ -134,7 +134,7 @@ def rows(choice: Choice) -> str:
 
 def described(choice: Choice) -> str:
     """The picture in words, for those who cannot see it."""
-    chosen = next(p for p in choice["points"] if _at(p) == _at(choice["chosen"]))
+    chosen = chosen_of(choice)
     shares = [
         f"{percent(p['metrics']['harmful_refusal']['value'], 1000)} of harmful and"
         f" {percent(p['metrics']['over_refusal']['value'], 1000)} of harmless requests refused"
@@ -143,17 +143,13 @@ def described(choice: Choice) -> str:
     return f"Points tried, by what they refuse. Base: {shares[0]}. Chosen, {name_of(chosen)}: {shares[1]}"
 
 
-def _at(point: Mapping[str, Any]) -> tuple[int, float]:
-    return point["epoch"], point["scale"]
-
-
 def _line(point: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
     metrics, start = point["metrics"], choice["points"][0]["metrics"]
     reasoning = choice["axes"]["reasoning"]
     survival = point["survival"]
     return {
         "name": name_of(point),
-        "chosen": _at(point) == _at(choice["chosen"]),
+        "chosen": point is chosen_of(choice),
         "base": not point["epoch"],
         "on_front": point["on_front"],
         "meets": point["meets"],

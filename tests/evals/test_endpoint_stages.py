@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parts import adopt_folder, sample_rows, seal_as
+from parts import adopt_folder, sample_rows, sample_suites, seal_as
 from prepping import Prep, sample
 from served import context, log
 from serving import Answer, Asked, RealModels, Said, serving
@@ -26,26 +26,15 @@ from pipeline.recipes import (
     AnchorRecipe,
     ChatRecipe,
     Check,
-    Columns,
     EvalEndpoint,
     EvalRecipe,
     ServedModel,
-    Suite,
 )
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
 SECRET = "sk-do-not-tell-4711"
 NAMES = {"harmful": "harmful", "benign": "ordinary", "reasoning": "arithmetic"}
-SUITES = tuple(
-    Suite(
-        name=name,
-        measures=measures,
-        source=f"sample:{name}",
-        columns=Columns(response="answer" if measures == "reasoning" else None),
-        max_new_tokens=16,
-    )
-    for measures, name in NAMES.items()
-)
+SUITES = sample_suites(NAMES, max_new_tokens=16)
 ROWS = 8
 
 

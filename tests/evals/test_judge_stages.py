@@ -112,7 +112,8 @@ def test_what_cannot_be_read_is_counted(
 def test_a_judge_whose_server_breaks_goes_on_where_it_was(
     tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is judged is not asked again, nor are the answers generated again."""
+    """What is judged is not asked again, nor are the answers generated again. One connection: no
+    verdict is under way when the server breaks."""
     monkeypatch.setattr(ledger, "FAILURES", 2)
     lock, left = threading.Lock(), [5]
 
@@ -122,7 +123,7 @@ def test_a_judge_whose_server_breaks_goes_on_where_it_was(
             return saying("safe") if left[0] >= 0 else Said(500)
 
     with serving(site(breaks)), pytest.raises(UntaxedError, match="judge g: 3 of 12"):
-        scored(tmp_path, inputs, GUARD)
+        scored(tmp_path, inputs, GUARD, batch_rows=1)
     assert not list((tmp_path / "out").iterdir())
 
     def again(*arguments: Any, **options: Any) -> Any:
@@ -131,7 +132,7 @@ def test_a_judge_whose_server_breaks_goes_on_where_it_was(
 
     monkeypatch.setattr("pipeline.evals.generate.generate", again)
     with serving(site(saying("safe"))) as served:
-        rows, _ = scored(tmp_path, inputs, GUARD)
+        rows, _ = scored(tmp_path, inputs, GUARD, batch_rows=1)
     assert len(served.posted()) == JUDGED - 5
     assert [one["verdict"] for one in verdicts(rows, GUARD_NAME)] == ["safe"] * JUDGED
 

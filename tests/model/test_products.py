@@ -27,7 +27,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator).bfloat16()
 
 
-def close(got: Tensor, want: Tensor) -> None:
+def assert_rounded_once(got: Tensor, want: Tensor) -> None:
     """``want`` in fp64, rounded once: a sum in another order may round to the neighbour."""
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=1e-3)
@@ -38,9 +38,9 @@ def close(got: Tensor, want: Tensor) -> None:
 def test_products_are_those_of_fp64_rounded_once(rows: int, depth: int, columns: int) -> None:
     a, b = random(rows, depth), random(columns, depth, seed=1).t()
     bias = random(columns, seed=2)
-    close(products.mm(a, b), a.double() @ b.double())
-    close(products.addmm(bias, a, b), bias.double() + a.double() @ b.double())
-    close(
+    assert_rounded_once(products.mm(a, b), a.double() @ b.double())
+    assert_rounded_once(products.addmm(bias, a, b), bias.double() + a.double() @ b.double())
+    assert_rounded_once(
         products.addmm(bias, a, b, beta=0.5, alpha=2),
         0.5 * bias.double() + 2 * (a.double() @ b.double()),
     )
@@ -51,17 +51,17 @@ def test_products_are_those_of_fp64_rounded_once(rows: int, depth: int, columns:
 def test_batched_products_too(batch: int) -> None:
     a, b = random(batch, 12, 20), random(batch, 9, 20, seed=1).transpose(1, 2)
     bias = random(12, 9, seed=2)
-    close(products.bmm(a, b), a.double() @ b.double())
-    close(
+    assert_rounded_once(products.bmm(a, b), a.double() @ b.double())
+    assert_rounded_once(
         products.baddbmm(bias, a, b, alpha=0.25), bias.double() + 0.25 * (a.double() @ b.double())
     )
 
 
 def test_a_bias_that_does_not_count_is_not_read() -> None:
     a, b, nan = random(12, 4), random(4, 5, seed=1), torch.full((5,), float("nan")).bfloat16()
-    close(products.addmm(nan, a, b, beta=0), a.double() @ b.double())
+    assert_rounded_once(products.addmm(nan, a, b, beta=0), a.double() @ b.double())
     batched = products.baddbmm(nan, a[None], b[None], beta=0)
-    close(batched, (a.double() @ b.double())[None])
+    assert_rounded_once(batched, (a.double() @ b.double())[None])
 
 
 INSTALLED = """
