@@ -248,7 +248,7 @@ def test_few_failures_count_against_the_model(
 
     lengths: set[int] = set()
     with serving(answer) as site:
-        scored(tmp_path, inputs, "all", **served())
+        scored(tmp_path, inputs, "all", batch_rows=1, **served())  # one after the other
         asked = [b["prompt"] for b in site.posted() if b["max_tokens"] > 1]
         lengths |= {len(asked[0]), len(asked[ROWS])}
         out, _ = scored(tmp_path, inputs, "some", **served())
