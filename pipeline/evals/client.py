@@ -244,16 +244,20 @@ class Client:
 
         for _ in range(min(self.connections, len(items))):
             threading.Thread(target=run, daemon=True).start()  # never waited for when this stops
+        in_hand: list[tuple[int, T | None, BaseException | None]] = []
         try:
             for _ in items:
-                index, result, error = finished.get()
+                in_hand = [finished.get()]
+                index, result, error = in_hand[0]
                 if error is not None:
                     raise error
                 done(index, result)  # type: ignore[arg-type]
-        except BaseException:
+                in_hand = []
+        except BaseException:  # an interrupt may come before the one in hand is told
             self.closed.set()
             while not finished.empty():
-                index, result, error = finished.get()
+                in_hand.append(finished.get())
+            for index, result, error in in_hand:
                 if error is None:
                     with contextlib.suppress(Exception):
                         done(index, result)  # type: ignore[arg-type]

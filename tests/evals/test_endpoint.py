@@ -17,6 +17,7 @@ from serving import Asked, RealModels, Said, as_json, completion, models, script
 from pipeline.data.chat import Chat
 from pipeline.errors import DataError, RecipeError, UntaxedError
 from pipeline.evals import endpoint
+from pipeline.evals.client import Client, Server
 from pipeline.evals.generate import loss
 from pipeline.evals.score import Sampling
 from pipeline.graph import STAGES
@@ -238,3 +239,17 @@ def test_jobs_whose_aligned_models_have_other_names_share_the_baseline() -> None
     assert first == second != third
     assert len(set(map(repr, evals))) == 3
     assert STAGES["baseline"].recipe(job).model_dump()["endpoint"] is None
+
+
+def test_what_is_in_hand_when_a_stop_comes_is_told() -> None:
+    told: list[int] = []
+    stops = [KeyboardInterrupt()]
+
+    def done(index: int, _: str) -> None:
+        if index == 1 and stops:
+            raise stops.pop()
+        told.append(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        Client(Server("http://127.0.0.1:9/v1"), 1.0, 1).each("abc", str.upper, done)
+    assert told[:2] == [0, 1]
