@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,10 @@ def serving(answer: Answer, key: str | None = None) -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def setup(self) -> None:
+            super().setup()
+            connections.append(self.connection)
+
         def do_GET(self) -> None:
             self.reply(None)
 
@@ -103,9 +108,10 @@ def serving(answer: Answer, key: str | None = None) -> Iterator[Site]:
         def log_message(self, format: str, *args: Any) -> None:
             return None
 
+    connections: list[socket.socket] = []
     stopping = threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server.daemon_threads = False  # closing waits for replies under way, which run the model
     site = Site(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
@@ -117,6 +123,9 @@ def serving(answer: Answer, key: str | None = None) -> Iterator[Site]:
         stopping.set()
         server.shutdown()
         thread.join()
+        for connection in connections:
+            with contextlib.suppress(OSError):  # the other side may have closed it
+                connection.shutdown(socket.SHUT_RD)
         server.server_close()
 
 

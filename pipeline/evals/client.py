@@ -219,17 +219,29 @@ class Client:
         work: Callable[[Item], T],
         done: Callable[[int, T], None],
     ) -> None:
-        """``work`` on ``items`` side by side, ``done(index, result)`` in this thread as they finish.
+        """``work`` on ``items`` side by side, ``done(index, result)`` one by one as they finish.
 
         Whatever ends this early, an error or a request to stop: what has finished is told first, and
-        nothing waits for the rest.
+        nothing waits for the rest. The threads that work tell too, since a request to stop comes to
+        the main thread and would leave an answer half told there.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        finished: queue.SimpleQueue[tuple[int, T | None, BaseException | None]] = (
-            queue.SimpleQueue()
-        )
         for index in range(len(items)):
             waiting.put(index)
+        finished: list[tuple[int, T | None, BaseException | None]] = []
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        telling = threading.Lock()
+        told = 0
+
+        def tell() -> None:
+            nonlocal told
+            with telling:
+                while told < len(finished) and not self.closed.is_set():
+                    index, result, error = finished[told]
+                    if error is not None:
+                        raise error
+                    told += 1
+                    done(index, result)  # type: ignore[arg-type]
 
         def run() -> None:
             while not self.closed.is_set():
@@ -238,27 +250,28 @@ class Client:
                 except queue.Empty:
                     return
                 try:
-                    finished.put((index, work(items[index]), None))
+                    finished.append((index, work(items[index]), None))
                 except BaseException as error:
-                    finished.put((index, None, error))
+                    finished.append((index, None, error))
+                try:
+                    tell()
+                except BaseException as error:
+                    ended.put(error)
+                    return
+                if told == len(items):
+                    ended.put(None)
 
-        for _ in range(min(self.connections, len(items))):
-            threading.Thread(target=run, daemon=True).start()  # never waited for when this stops
-        in_hand: list[tuple[int, T | None, BaseException | None]] = []
         try:
-            for _ in items:
-                in_hand = [finished.get()]
-                index, result, error = in_hand[0]
-                if error is not None:
-                    raise error
-                done(index, result)  # type: ignore[arg-type]
-                in_hand = []
-        except BaseException:  # an interrupt may come before the one in hand is told
+            for _ in range(min(self.connections, len(items))):
+                threading.Thread(target=run, daemon=True).start()  # never waited for after a stop
+            error = ended.get() if items else None
+            if error is not None:
+                raise error
+        except BaseException:
             self.closed.set()
-            while not finished.empty():
-                in_hand.append(finished.get())
-            for index, result, error in in_hand:
-                if error is None:
-                    with contextlib.suppress(Exception):
-                        done(index, result)  # type: ignore[arg-type]
+            with telling:
+                for index, result, error in finished[told:]:
+                    if error is None:
+                        with contextlib.suppress(Exception):
+                            done(index, result)  # type: ignore[arg-type]
             raise

@@ -43,14 +43,12 @@ def answer(
                         " see to the server, then run again"
                     )
                 return
-            if todo[index].id in finished:
-                return
+            finished[todo[index].id] = generation
             row = {"id": todo[index].id, "ids": generation.ids, "complete": generation.complete}
             if generation.text is not None:
                 row["text"] = generation.text
             stream.write(json.dumps(row, separators=(",", ":")) + "\n")
             stream.flush()
-            finished[todo[index].id] = generation
 
         engine.answers(todo, done, title)
     return [finished.get(request.id) or failed[request.id] for request in requests]

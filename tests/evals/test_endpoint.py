@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import re
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -241,15 +244,22 @@ def test_jobs_whose_aligned_models_have_other_names_share_the_baseline() -> None
     assert STAGES["baseline"].recipe(job).model_dump()["endpoint"] is None
 
 
-def test_what_is_in_hand_when_a_stop_comes_is_told() -> None:
-    told: list[int] = []
-    stops = [KeyboardInterrupt()]
+def test_a_stop_leaves_no_answer_half_told() -> None:
+    """It comes while one is being told: that one is told to its end, and once."""
+    told: list[str] = []
 
-    def done(index: int, _: str) -> None:
-        if index == 1 and stops:
-            raise stops.pop()
-        told.append(index)
+    def done(index: int, text: str) -> None:
+        told.append(f"{text} began")
+        if text == "B":
+            _thread.interrupt_main()
+            time.sleep(0.2)
+        told.append(f"{text} ended")
 
-    with pytest.raises(KeyboardInterrupt):
-        Client(Server("http://127.0.0.1:9/v1"), 1.0, 1).each("abc", str.upper, done)
-    assert told[:2] == [0, 1]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Client(Server("http://127.0.0.1:9/v1"), 1.0, 1).each("abc", str.upper, done)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert told[:4] == ["A began", "A ended", "B began", "B ended"]
+    assert told.count("B began") == 1

@@ -39,7 +39,10 @@ CASES = [
     ("full", "fsdp"),
     ("full", "zero3"),
 ]
-TOLERANCE = {"fp32": 1e-5, "kl": 1e-5, "bf16": 1e-2, "nf4": 1e-4, "full": 1e-5}
+# bf16 rounds by the shapes that a processor's kernels like, and 20 steps compound it: two processes
+# leave one by as much as one leaves fp32. Its first steps have not compounded yet.
+TOLERANCE = {"fp32": 1e-5, "kl": 1e-5, "bf16": 3e-2, "nf4": 1e-4, "full": 1e-5}
+EARLY = {"bf16": 3e-3}
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +71,9 @@ def test_same_loss_curve(folder: Path, variant: str, engine: str) -> None:
     expected = losses(folder / variant / "single")
     got = losses(folder / variant / engine)
     assert len(got) == len(expected) == 20
-    worst = max(abs(g - e) / e for g, e in zip(got, expected, strict=True))
-    assert worst <= TOLERANCE[variant]
+    apart = [abs(g - e) / e for g, e in zip(got, expected, strict=True)]
+    assert max(apart) <= TOLERANCE[variant]
+    assert max(apart[:5]) <= EARLY.get(variant, TOLERANCE[variant])
 
 
 @pytest.mark.distributed
