@@ -100,7 +100,7 @@ def _asking(engine: Engine, context: Context, identity: str) -> Ask:
 
     def ask(requests: Sequence[Request], name: str, title: str) -> list[Generation]:
         path = context.scratch / name
-        return answer(engine, requests, path=path, identity=identity, title=title)
+        return answer(engine, requests, path=path, identity=identity, title=title, log=context.log)
 
     return ask
 

@@ -168,7 +168,14 @@ def _asked(
         judge.recipe.model_dump_json(),
         hashlib.sha256(asked.encode()).hexdigest(),
     ]
-    replies = answer(engine, requests, path=kept, identity=" ".join(identity), title=title)
+    replies = answer(
+        engine,
+        requests,
+        path=kept,
+        identity=" ".join(identity),
+        title=title,
+        log=judge.context.log,
+    )
     for request, reply in zip(requests, replies, strict=True):
         said[request.id] = judge.read(reply)
         errors += [reply.error] if reply.error is not None else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,27 @@ FAILED_SHARE = 0.05
 
 
 def answer(
-    engine: Engine, requests: Sequence[Request], *, path: Path, identity: str, title: str
+    engine: Engine,
+    requests: Sequence[Request],
+    *,
+    path: Path,
+    identity: str,
+    title: str,
+    log: Callable[[str], None],
 ) -> list[Generation]:
     """What ``engine`` answers to ``requests`` (one answer an id), going on from what ``path`` holds.
 
     ``identity`` names everything that the answers depend on; a file of another identity is begun
-    anew. An answer that could not be had has an ``error`` and is not kept, so that another run tries
-    again. UntaxedError where these are many.
+    anew, and ``log`` is told. An answer that could not be had has an ``error`` and is not kept, so
+    that another run tries again. UntaxedError where these are many.
     """
     wanted = {request.id: request for request in requests}
-    finished = _resume(path, identity)
+    finished, others = _resume(path, identity)
+    if others:
+        log(
+            f"{title}: {others} finished answers are begun anew: the model, the server or how it is"
+            " asked is not what it was"
+        )
     todo = [request for request in wanted.values() if request.id not in finished]
     failed: dict[str, Generation] = {}
     with path.open("a", encoding="utf-8") as stream:
@@ -62,8 +73,9 @@ def too_many(failed: int, finished: int, total: int) -> bool:
     return failed > max(FAILURES, FAILED_SHARE * total)
 
 
-def _resume(path: Path, identity: str) -> dict[str, Generation]:
-    """The finished rows in ``path``; what a kill left half-written at its end is cut off.
+def _resume(path: Path, identity: str) -> tuple[dict[str, Generation], int]:
+    """The finished rows in ``path``, and how many of another identity were there instead; what a kill
+    left half-written at its end is cut off.
 
     The file is only ever cut in place: a second kill while resuming loses no row either.
     """
@@ -71,7 +83,7 @@ def _resume(path: Path, identity: str) -> dict[str, Generation]:
     header = json.dumps({"identity": identity}).encode("ascii") + b"\n"
     if not whole.startswith(header):
         path.write_bytes(header)
-        return {}
+        return {}, len([line for line in whole.splitlines(keepends=True) if _row(line)])
     rows: dict[str, Generation] = {}
     good = len(header)
     for line in whole[good:].splitlines(keepends=True):
@@ -81,7 +93,7 @@ def _resume(path: Path, identity: str) -> dict[str, Generation]:
         rows[row["id"]] = Generation(row["ids"], row["complete"], row.get("text"))
         good += len(line)
     os.truncate(path, good)
-    return rows
+    return rows, 0
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -129,6 +129,7 @@ def respond(
         path=context.scratch / "responses.jsonl",
         identity=f"{identity} {engine.identity}",
         title=f"{title}: answers",
+        log=context.log,
     )
     rows = [
         _response(chat, item, sample, generation)

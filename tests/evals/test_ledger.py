@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,14 @@ class Tried:
 
 
 def ask(
-    engine: Any, path: Path, requests: list[Request], identity: str = "one"
+    engine: Any,
+    path: Path,
+    requests: list[Request],
+    identity: str = "one",
+    log: Callable[[str], None] = print,
 ) -> list[Generation]:
     engine = engine if isinstance(engine, Tried) else Tried(engine)
-    return answer(engine, requests, path=path, identity=identity, title="test")
+    return answer(engine, requests, path=path, identity=identity, title="test", log=log)
 
 
 def test_the_same_answers_as_without_a_ledger(model: Any, path: Path) -> None:
@@ -141,8 +145,10 @@ def test_another_identity_starts_anew(model: Any, path: Path, content: bytes) ->
     want = ask(engine, path, asked(4))
     assert len(engine.ids) == 4
     assert want == generate(model, asked(4), end_ids=ENDS, batch_rows=4)
-    other = ask(engine, path, asked(4), identity="two")
+    said: list[str] = []
+    other = ask(engine, path, asked(4), identity="two", log=said.append)
     assert len(engine.ids) == 8
+    assert [line.split(":")[1].split(" are")[0] for line in said] == [" 4 finished answers"]
     assert other == want
     assert json.loads(path.read_text().splitlines()[0]) == {"identity": "two"}
 

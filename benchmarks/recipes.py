@@ -1,0 +1,155 @@
+"""What each part of a recipe does: one job, changed in one place at a time, all of it measured alike.
+
+UNTAXED_DATA=DATA python benchmarks/recipes.py --runs FOLDER [--json FILE] [--only NAME ...]
+
+Every line is a job file that is written below FOLDER/recipes and run by ``untaxed run``: what is sealed
+is not run again, so that a stopped benchmark goes on, and lines share what they have in common. JSON
+and table hold the lines that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.artifact import open_artifact, write_atomic
+from pipeline.graph import Workspace, plan_job
+from pipeline.jobfile import apply_set, load_job
+from pipeline.recipes import METRICS
+
+ROOT = Path(__file__).resolve().parents[1]
+JOB = ROOT / "jobs" / "untaxed-smollm2.yaml"
+TRAINING = ("anchor", "pack", "sft")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``changes`` as of ``--set``; ``without``: sources that are left out."""
+
+    name: str
+    what: str
+    changes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+    def tree(self) -> dict[str, Any]:
+        """The job file that runs it."""
+        tree: dict[str, Any] = yaml.safe_load(JOB.read_text(encoding="utf-8"))
+        sources = tree["prep"]["sources"]
+        lost = set(self.without) - {source["name"] for source in sources}
+        if lost:
+            raise SystemExit(f"{self.name}: {JOB.name} has no source {min(lost)}")
+        tree["prep"]["sources"] = [s for s in sources if s["name"] not in self.without]
+        for change in (f"name={self.name}", *self.changes):
+            apply_set(tree, change)
+        return tree
+
+
+ANCHORS = ("contrast-harmless", "borderline", "harmless", "arithmetic")
+EARLY = "{from_fraction: 0.0, to_fraction: 0.3333}"
+LATE = "{from_fraction: 0.6667, to_fraction: 1.0}"
+RECIPES = (
+    Recipe("untaxed", "the job as it is"),
+    Recipe("seed-1", "another seed", ("sft.seed=1", "pack.seed=1")),
+    Recipe("seed-2", "another seed", ("sft.seed=2", "pack.seed=2")),
+    Recipe("refusals-only", "no anchors", without=ANCHORS),
+    Recipe("no-contrast", "no contrast rows", without=("contrast-harmful", "contrast-harmless")),
+    Recipe("no-borderline", "no borderline rows", without=("borderline",)),
+    Recipe("sft-anchors", "cross-entropy on anchors", ("sft.anchors={objective: sft}",)),
+    Recipe("kl-half", "KL weight halved", ("sft.anchors.weight=3",)),
+    Recipe("kl-double", "KL weight doubled", ("sft.anchors.weight=12",)),
+    Recipe("rank-8", "rank 8, alpha 16", ("sft.lora.rank=8",)),
+    Recipe(
+        "rank-8-rslora",
+        "rank 8, alpha / sqrt(rank)",
+        ("sft.lora.rank=8", "sft.lora.alpha_policy=rslora"),
+    ),
+    Recipe("early", "first third of the layers", (f"sft.lora.layers={EARLY}",)),
+    Recipe("late", "last third of the layers", (f"sft.lora.layers={LATE}",)),
+    Recipe("mlp", "gate, up and down", ("sft.lora.targets=mlp",)),
+    Recipe("rewritten", "refusals worded by the base", ("anchor.rewrite_refusals={}",)),
+    Recipe("primer", "safety primer", ("prep.safety_primer=Is this safe? Let me think.",)),
+    Recipe("scale-0.75", "update scaled at the merge", ("merge.scale=0.75",)),
+    Recipe("scale-1.25", "update scaled at the merge", ("merge.scale=1.25",)),
+)
+
+
+def run(recipe: Recipe, runs: Path, nproc: int) -> dict[str, Any]:
+    """All stages that are not sealed; what was measured. SystemExit where a stage fails."""
+    job = runs / "recipes" / f"{recipe.name}.yaml"
+    job.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(job, yaml.safe_dump(recipe.tree(), sort_keys=False))
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--runs", str(runs), "--job", str(job)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if subprocess.run([*command, "--nproc", str(nproc)], env=environment).returncode:
+        raise SystemExit(f"{recipe.name}: failed; run the same command to go on")
+    planned = plan_job(load_job(job), Workspace(runs.resolve()), adopt=False)
+    report = json.loads((planned["eval"].folder / "report.json").read_text(encoding="utf-8"))
+    seconds = {n: open_artifact(stage.folder).manifest.seconds for n, stage in planned.items()}
+    return {
+        "what": recipe.what,
+        "base": {name: report["base"].get(name) for name in METRICS},
+        "aligned": {name: report["aligned"].get(name) for name in METRICS},
+        "passed": report["gate"]["passed"],
+        "seconds": seconds,
+        "processor": platform.processor() or platform.machine(),
+        "processes": nproc,
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a line a recipe, shares in percent with their intervals."""
+    head = "| recipe | changed | StrongREJECT refused | XSTest-safe refused | GSM8K refused"
+    lines = [head + " | loss on GSM8K | gate | training, s |", "|" + "---|" * 8]
+    shares = ("harmful_refusal", "borderline_refusal", "benign_refusal")
+
+    def line(name: str, what: str, row: Mapping[str, Any], gate: str, seconds: str) -> str:
+        cells = [
+            f"{m['value']:.0%} [{m['low']:.0%}, {m['high']:.0%}]" for m in map(row.get, shares)
+        ]
+        return "| " + " | ".join([name, what, *cells, row["loss"], gate, seconds]) + " |"
+
+    for number, (name, one) in enumerate(found.items()):
+        before = one["base"]["reasoning_nll"]["value"]
+        if not number:
+            base = one["base"] | {"loss": f"{before:.3f}"}
+            lines.append(line("base", "", base, "", ""))
+        change = one["aligned"]["reasoning_nll"]["value"] / before - 1
+        trained = sum(one["seconds"].get(stage, 0.0) for stage in TRAINING)
+        aligned = one["aligned"] | {"loss": f"{change:+.1%}"}
+        gate = "passed" if one["passed"] else "not passed"
+        lines.append(line(name, one["what"], aligned, gate, f"{trained:.0f}"))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "recipes")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", choices=[r.name for r in RECIPES], metavar="NAME")
+    parser.add_argument("--nproc", type=int, default=1, help="processes of the sft stage")
+    options = parser.parse_args(argv)
+    found: dict[str, Any] = {}
+    if options.json and options.json.exists():
+        found = json.loads(options.json.read_text(encoding="utf-8"))
+    for recipe in RECIPES:
+        if options.only and recipe.name not in options.only:
+            continue
+        found[recipe.name] = run(recipe, options.runs, options.nproc)
+        found = {r.name: found[r.name] for r in RECIPES if r.name in found}
+        if options.json:
+            write_atomic(options.json, json.dumps(found, indent=1) + "\n")
+        print(table(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
