@@ -47,6 +47,15 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--device-gb", type=float, help="memory of another device, in 10^9 bytes")
     doctor_.add_argument("--samples", type=int, default=2, help="rows of each source to show")
     doctor_.set_defaults(rebuild=False)
+    report.add_argument(
+        "--compare",
+        dest="job",
+        type=Path,
+        action="extend",
+        nargs="+",
+        metavar="JOB",
+        help="several --job at once",
+    )
     report.add_argument("--out", type=Path, help="folder to write it into; default: that of --runs")
     run.add_argument("--nproc", type=int, default=1, help="processes of the sft stage")
     run.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")

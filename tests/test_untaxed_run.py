@@ -181,6 +181,7 @@ def test_finished_jobs_are_put_side_by_side(first: First, base_folder: Path) -> 
     done = workplace.untaxed("run", "--job", str(strict))
     assert done.returncode == 0, done.stderr
     kept = (workplace.runs / "report.json").read_bytes()
+    both = ("--compare", str(workplace.job), str(strict))
     done = workplace.untaxed("report", *both, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert str(out / "report.html") in done.stdout
