@@ -121,7 +121,7 @@ def test_every_objective_is_measured_and_guarded(path: Path) -> None:
         "reasoning",
     }
     wanted = set(METRICS)
-    if path.stem == "refusals-smollm2":  # GSM8K is beyond a model of 135M
+    if path.stem in ("refusals-smollm2", "untaxed-smollm2"):  # GSM8K is beyond a model of 135M
         wanted.discard("reasoning_accuracy")
     assert {check.metric for check in loaded.eval.gate} == wanted
     for suite in loaded.eval.suites:
@@ -265,7 +265,7 @@ def test_qwen3_is_trained_in_thinking_mode() -> None:
 
 
 @pytest.mark.skipif(not (DATA / "star1").is_dir(), reason="UNTAXED_DATA has no public data sets")
-@pytest.mark.parametrize("name", ["star1-smollm2", "refusals-smollm2"])
+@pytest.mark.parametrize("name", ["star1-smollm2", "refusals-smollm2", "untaxed-smollm2"])
 def test_local_sources_have_the_files_and_columns_that_the_job_names(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +287,18 @@ def test_local_sources_have_the_files_and_columns_that_the_job_names(
                 "strongreject": 313,
                 "xstest-safe": 250,
                 "gsm8k": 80,
+            },
+            "untaxed-smollm2": {
+                "harmful-short": 260,
+                "advbench": 520,
+                "star1": 1000,
+                "harmless": 600,
+                "arithmetic": 100,
+                "xstest": 450,
+                "strongreject": 313,
+                "xstest-safe": 250,
+                "gsm8k-asked": 300,
+                "gsm8k": 300,
             },
         }[name]
     )
