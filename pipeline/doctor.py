@@ -63,7 +63,7 @@ def examine(job: Job, workspace: Workspace) -> Diagnosis:
     findings += checks.check_documents(made, chat, model, job.pack.max_length)
     near = job.prep.near_duplicate_threshold
     findings += checks.check_sets(made, _held_out(job, planned), judge_refusal, near)
-    findings += _budgets(job, made)
+    findings += budgets(job, made)
     return Diagnosis(findings, made, chat)
 
 
@@ -103,14 +103,19 @@ def _held_out(job: Job, planned: Mapping[str, Planned]) -> dict[str, list[Text]]
     }
 
 
-def _budgets(job: Job, made: Sequence[Document]) -> Iterator[Finding]:
+def budgets(job: Job, made: Sequence[Document]) -> Iterator[Finding]:
     """Suites whose answers would be cut off before the model has done thinking."""
     answered = [d for d in made if d.row.get("response") is not None]  # a primer is no answer
     thinking = [len(d.target_ids or ()) for d in answered if d.row.get("think")]
     if not thinking:
         return
     usual = statistics.median(thinking)
-    short = [suite.name for suite in job.eval.suites if suite.max_new_tokens < usual]
+    limits = {suite.name: suite.max_new_tokens for suite in job.eval.suites}
+    if job.choose is not None:
+        limits |= {s.name: s.max_new_tokens for s in job.choose.suites}
+        if job.choose.dev is not None and job.choose.dev.max_new_tokens is not None:
+            limits["choose.dev"] = job.choose.dev.max_new_tokens
+    short = [name for name, limit in limits.items() if limit < usual]
     if short:
         yield Finding(
             "budget",

@@ -12,10 +12,12 @@ import pytest
 from chat_templates import CHATML, DEEPSEEK_R1, QWEN3, TEMPLATES
 from defects import PLANTED, Patient, complying_refusal, row
 from killable import prepare
+from parts import ROOT
 
 from pipeline import cli
 from pipeline.data import checks
-from pipeline.doctor import histogram
+from pipeline.doctor import budgets, histogram
+from pipeline.jobfile import load_job
 
 SOUND = TEMPLATES | {"smollm2": replace(CHATML, bos="<|im_start|>")}  # begins every turn with it
 
@@ -94,6 +96,23 @@ def test_the_command_reads_a_job_and_says_what_is_wrong(
     arguments[2] = str(folder / "other.yaml")
     assert cli.main(arguments) == 0
     assert "no rules broken" in capsys.readouterr().out
+
+
+def test_answers_that_think_longer_than_a_suite_allows_are_told() -> None:
+    """Also the suites and rows that a choice among trainings is made on."""
+    made = [
+        checks.Document(row(f"r{n}", "answer", "?", "!", think="Long."), "train", "?", [1], [2] * n)
+        for n in (20, 40, 60)
+    ]
+    choose = (
+        "choose={wanted: [{metric: harmful_refusal, at_least: 0.9}], dev: {max_new_tokens: 39}}"
+    )
+    job = load_job(ROOT / "jobs" / "quickstart.yaml", (choose,))
+    (found,) = budgets(job, made)
+    assert found.level == "violation" and "have more than 40 tokens" in found.what
+    assert "suites harmful, borderline, ordinary, choose.dev allow fewer" in found.what
+    assert list(budgets(job, made[:1])) == []
+    assert list(budgets(job, [replace(d, row=d.row | {"think": None}) for d in made])) == []
 
 
 def test_the_histogram_spans_from_the_least_to_the_most() -> None:

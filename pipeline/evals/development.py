@@ -66,6 +66,7 @@ def read_development(
         "reported": _alike([(row.id, t) for row in asked for t in row.user_turns], held, threshold),
         "trained": _alike([(row.id, row.prompt) for row in asked], trained, threshold),
     }
+    same["trained"] -= same["reported"]  # a row is told once
     kept = [item for item in items if not any(item.row.id in ids for ids in same.values())]
     _check_left(items, kept, same)
     anchors = [rows[i.row.id] for i in kept if rows.get(i.row.id, {}).get("kind") == "anchor"]

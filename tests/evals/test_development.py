@@ -68,7 +68,7 @@ def test_rows_that_are_reported_or_trained_on_are_left_out(runs: Path) -> None:
         dev=PROMPTS[6:9],
         suite=PROMPTS[:5],
         reported=[PROMPTS[0], nearly, PROMPTS[6], PROMPTS[11]],
-        trained=[PROMPTS[2], PROMPTS[2], PROMPTS[10]],
+        trained=[PROMPTS[2], PROMPTS[2], PROMPTS[0], PROMPTS[10]],
     )
     assert [item.row.id for item in found.items] == ["own:4", "own:5", "dev/talk:2", "dev/talk:3"]
     assert [row["id"] for row in found.anchors] == ["talk:2", "talk:3"]
