@@ -42,7 +42,7 @@ CASES = [
 # bf16 rounds by the shapes that a processor's kernels like, and 20 steps compound it: two processes
 # leave one by as much as one leaves fp32. Its first steps have not compounded yet.
 TOLERANCE = {"fp32": 1e-5, "kl": 1e-5, "bf16": 3e-2, "nf4": 1e-4, "full": 1e-5}
-EARLY = {"bf16": 3e-3}
+EARLY = {"bf16": 5e-3}
 
 
 @pytest.fixture(scope="module")
