@@ -76,11 +76,10 @@ class Recipe:
 ANCHORS = ("contrast-harmless", "borderline", "harmless", "arithmetic")
 EARLY = "sft.lora.layers={from_fraction: 0.0, to_fraction: 0.3333}"
 LATE = "sft.lora.layers={from_fraction: 0.6667, to_fraction: 1.0}"
+TRAIN = {"where": {"split": "train"}}
 SAMPLE = {
-    "star1": {"name": "harmful", "kind": "refusal", "source": "sample:harmful"}
-    | {"where": {"split": "train"}},
-    "harmless": {"name": "ordinary", "kind": "anchor", "source": "sample:ordinary"}
-    | {"where": {"split": "train"}},
+    "star1": {"name": "harmful", "kind": "refusal", "source": "sample:harmful", **TRAIN},
+    "harmless": {"name": "ordinary", "kind": "anchor", "source": "sample:ordinary", **TRAIN},
 }
 BEST = Recipe("untaxed", "the job as it is")
 ONE = BEST.but("rank-1", "rank 1, so that alpha / rank is 16", "sft.lora.rank=1")
