@@ -1,0 +1,154 @@
+"""The cluster as a launcher needs it: make, list and delete objects, and read logs.
+
+Nothing is cached and nothing is remembered: whoever asks again learns what is there. A cluster that
+does not answer is asked again for a while, since what runs there goes on without a launcher.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from urllib3.exceptions import HTTPError
+
+from pipeline.cluster.objects import Manifest
+from pipeline.errors import RecipeError, UntaxedError
+
+PATIENCE_SECONDS = 600.0
+POLL_SECONDS = 5.0
+REQUEST_SECONDS = (10, 60)
+T = TypeVar("T")
+# kind -> (API, the end of its methods' names, model)
+KINDS = {
+    "Namespace": ("CoreV1Api", "namespace"),
+    "ServiceAccount": ("CoreV1Api", "namespaced_service_account"),
+    "ConfigMap": ("CoreV1Api", "namespaced_config_map"),
+    "Secret": ("CoreV1Api", "namespaced_secret"),
+    "Service": ("CoreV1Api", "namespaced_service"),
+    "PersistentVolumeClaim": ("CoreV1Api", "namespaced_persistent_volume_claim"),
+    "NetworkPolicy": ("NetworkingV1Api", "namespaced_network_policy"),
+    "Deployment": ("AppsV1Api", "namespaced_deployment"),
+    "StatefulSet": ("AppsV1Api", "namespaced_stateful_set"),
+    "Job": ("BatchV1Api", "namespaced_job"),
+}
+
+
+class Cluster:
+    """One namespace of the cluster that kubeconfig (or the pod this runs in) names."""
+
+    def __init__(
+        self,
+        namespace: str,
+        context: str | None = None,
+        say: Callable[[str], None] = print,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
+        self.namespace, self.say, self.patience = namespace, say, patience
+        try:
+            config.load_config(context=context)
+        except config.ConfigException as error:
+            where = f"context {context}" if context else "the current context"
+            raise RecipeError(f"no cluster: {where} of kubeconfig: {error}") from error
+        self.apis = {api: getattr(client, api)() for api, _ in KINDS.values()}
+
+    def create(self, manifest: Manifest) -> bool:
+        """Make it; False where one of that name is there already. RecipeError for what the cluster
+        refuses."""
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        api, words = KINDS.get(kind, (None, None))
+        if api is None:
+            raise RecipeError(f"{kind} {name}: launch knows {', '.join(KINDS)}; kubectl apply it")
+        space = [self.namespace] if words.startswith("namespaced") else []  # type: ignore[union-attr]
+        try:
+            self._ask(getattr(self.apis[api], f"create_{words}"), *space, manifest)
+        except ApiException as error:
+            if error.status == 409:
+                return False
+            raise RecipeError(f"{kind} {name}: {_told(error)}") from error
+        return True
+
+    def jobs(self, labels: dict[str, str]) -> list[Manifest]:
+        return self._list(self.apis["BatchV1Api"].list_namespaced_job, labels)
+
+    def pods(self, job: str) -> list[Manifest]:
+        labels = {"batch.kubernetes.io/job-name": job}
+        return self._list(self.apis["CoreV1Api"].list_namespaced_pod, labels)
+
+    def events(self, names: set[str]) -> list[Manifest]:
+        """Of the objects of these names, the latest last."""
+        every = self._list(self.apis["CoreV1Api"].list_namespaced_event, {})
+        own = [event for event in every if event["involvedObject"].get("name") in names]
+        return sorted(own, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
+
+    def delete_job(self, name: str) -> None:
+        """The Job and its pods, which get SIGTERM; nothing where it is gone."""
+        ask = self.apis["BatchV1Api"].delete_namespaced_job
+        try:
+            self._ask(ask, name, self.namespace, propagation_policy="Foreground")
+        except ApiException as error:
+            if error.status != 404:
+                raise UntaxedError(f"Job {name}: {_told(error)}") from error
+
+    def log(self, pod: str, lines: int) -> list[str]:
+        """The last lines that a pod printed; none while it has printed nothing or is gone."""
+        ask = self.apis["CoreV1Api"].read_namespaced_pod_log
+        try:
+            text = self._ask(ask, pod, self.namespace, tail_lines=lines, raw=True)
+        except ApiException:
+            return []
+        return str(text).splitlines()[-lines:]
+
+    def _list(self, ask: Callable[..., Any], labels: dict[str, str]) -> list[Manifest]:
+        wanted = ",".join(f"{name}={value}" for name, value in labels.items())
+        try:
+            found = self._ask(ask, self.namespace, label_selector=wanted)
+        except ApiException as error:
+            raise RecipeError(f"namespace {self.namespace}: {_told(error)}") from error
+        return list(found["items"])
+
+    def _ask(
+        self, call: Callable[..., Any], *arguments: Any, raw: bool = False, **more: Any
+    ) -> Any:
+        """The answer as the cluster gives it; ApiException for a refusal, UntaxedError for a cluster
+        that has not answered for so long."""
+        began, told = time.monotonic(), False
+        while True:
+            try:
+                response = call(
+                    *arguments, _preload_content=False, _request_timeout=REQUEST_SECONDS, **more
+                )
+                text = response.data.decode("utf-8", errors="replace")
+                if response.status >= 300:
+                    raise ApiException(status=response.status, reason=response.reason, body=text)
+                return text if raw else json.loads(text)
+            except (HTTPError, OSError, ApiException) as error:
+                passes = not isinstance(error, ApiException) or _passes(error)
+                if not passes:
+                    raise
+                if time.monotonic() - began > self.patience:
+                    raise UntaxedError(
+                        f"the cluster has not answered for {self.patience:.0f} s ({_told(error)});"
+                        " what runs there goes on: launch again to follow it"
+                    ) from error
+                if not told:
+                    self.say(f"the cluster does not answer ({_told(error)}); asking again")
+                told = True
+                time.sleep(min(POLL_SECONDS, self.patience / 10))
+
+
+def _passes(error: ApiException) -> bool:
+    return error.status == 429 or error.status is None or error.status == 0 or error.status >= 500
+
+
+def _told(error: Exception) -> str:
+    """What the API server says, in one line."""
+    body = getattr(error, "body", None)
+    try:
+        said = json.loads(body)["message"] if body else ""
+    except (ValueError, KeyError, TypeError):
+        said = ""
+    return " ".join(str(said or getattr(error, "reason", "") or error).split())[:400]
