@@ -32,6 +32,7 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_JOB = ROOT / "jobs" / "quickstart.yaml"
 STATUS_FILE = "UNTAXED_STATUS_FILE"
+SEALED_FILE = "UNTAXED_SEALED_FILE"
 CACHE = "UNTAXED_CACHE"
 
 
@@ -146,6 +147,12 @@ def say_status(code: int) -> None:
             stream.write(str(code))
 
 
+def say_sealed(folder: Path) -> None:
+    """Tell whoever started the launcher that there is a sealed artifact, and where."""
+    if SEALED_FILE in os.environ:
+        Path(os.environ[SEALED_FILE]).write_text(str(folder), encoding="utf-8")
+
+
 def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> int:
     """The stage with every failure turned into one line and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
@@ -229,9 +236,10 @@ def _shell(name: str, run: Run, options: argparse.Namespace, world: World) -> No
         decision = world.broadcast(decision)
         if decision.error is not None:
             raise decision.error
-        if decision.staging is None or decision.planned is None:
-            return
-        _run(name, run, options, world, decision)
+        assert decision.planned is not None
+        if decision.staging is not None:
+            _run(name, run, options, world, decision)
+        say_sealed(decision.planned.folder)
 
 
 def _decide(name: str, options: argparse.Namespace, held: contextlib.ExitStack) -> _Decision:

@@ -1,4 +1,4 @@
-"""The image: what its file says, what its context holds, and how its first process behaves.
+"""The image: what its file says and what its context holds.
 
 The image itself is built by hand (docs/cluster.md says how, and what was seen).
 """
@@ -10,17 +10,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from pipeline.errors import DataError, RecipeError, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -166,78 +162,6 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
     )
-
-
-def entry(*command: str) -> subprocess.CompletedProcess[str]:
-    return run(str(ENTRYPOINT), *command)
-
-
-@pytest.mark.parametrize("code", [0, 1, RecipeError.exit_code, DataError.exit_code])
-def test_a_command_keeps_its_exit_code(code: int) -> None:
-    assert entry(sys.executable, "-c", f"raise SystemExit({code})").returncode == code
-
-
-def test_a_command_that_cannot_start_is_named() -> None:
-    assert entry().returncode == 64
-    made = entry("no-such-command")
-    assert made.returncode == 127 and "no-such-command" in made.stderr
-
-
-def test_a_command_is_the_first_process_itself() -> None:
-    """It hears SIGTERM because nothing stands between it and the container's runtime."""
-    command = [
-        sys.executable,
-        str(ENTRYPOINT),
-        sys.executable,
-        "-c",
-        "import os; print(os.getpid())",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        output, _ = child.communicate(timeout=60)
-        assert int(output) == child.pid
-
-
-TORCHRUN = ("torchrun", "--nproc-per-node", "2", "--master-port", "0")
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("code", [0, RecipeError.exit_code])
-def test_torchrun_ends_with_the_code_of_its_ranks(code: int, tmp_path: Path) -> None:
-    rank = tmp_path / "rank.py"
-    rank.write_text(f"raise SystemExit({code})\n", encoding="ascii")
-    assert entry(*TORCHRUN, str(rank)).returncode == code
-
-
-@pytest.mark.distributed
-def test_torchrun_passes_a_stop_on(tmp_path: Path) -> None:
-    """SIGTERM to the first process reaches the ranks, which get to save before it ends with 143."""
-    rank = tmp_path / "rank.py"
-    rank.write_text(
-        "import os, pathlib, signal, sys, time\n"
-        "here = pathlib.Path(__file__).parent / os.environ['RANK']\n"
-        "def stop(*_):\n"
-        "    here.with_suffix('.saved').touch()\n"
-        f"    sys.exit({Stopped.exit_code})\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        "here.with_suffix('.up').touch()\n"
-        "time.sleep(60)\n",
-        encoding="ascii",
-    )
-    child = subprocess.Popen([sys.executable, str(ENTRYPOINT), *TORCHRUN, str(rank)])
-    try:
-        wait_for(tmp_path, "*.up")
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(timeout=60) == Stopped.exit_code
-    finally:
-        child.kill()
-    assert len(list(tmp_path.glob("*.saved"))) == 2
-
-
-def wait_for(folder: Path, pattern: str) -> None:
-    until = time.monotonic() + 60
-    while len(list(folder.glob(pattern))) < 2:
-        assert time.monotonic() < until, f"no {pattern} in a minute"
-        time.sleep(0.1)
 
 
 def test_hadolint_finds_nothing() -> None:
