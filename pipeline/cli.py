@@ -19,9 +19,10 @@ from pipeline.jobfile import load_job
 from pipeline.launching import ENGINES, engine_of, launch_stage
 from pipeline.planning import print_memory
 from pipeline.recipes import Geometry, Job
+from pipeline.releasing import Releases, told
 from pipeline.stage import DEFAULT_JOB, Parser
 from pipeline.summary import print_summary, write_summary
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, store_uri
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,12 +34,15 @@ def parser() -> argparse.ArgumentParser:
     doctor_ = commands.add_parser("doctor", help="what is wrong with the rows, before training")
     report = commands.add_parser("report", help="one report over finished jobs, side by side")
     verify = commands.add_parser("verify", help="re-hash every file of all sealed artifacts")
+    promote = commands.add_parser("promote", help="release a model whose gate passed")
+    rollback = commands.add_parser("rollback", help="release again what was released before")
+    lineage = commands.add_parser("lineage", help="whence a registered model comes")
     for command in (run, plan, doctor_, report):
         command.add_argument(
             "--job", type=Path, action="append", help="job file; several are compared in one report"
         )
         command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    for command in (run, plan, doctor_, report, verify):
+    for command in (run, plan, doctor_, report, verify, promote, rollback, lineage):
         command.add_argument("--runs", type=Path, default=Path("runs"), help="artifacts folder")
     plan.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     plan.add_argument("--world-size", type=int, default=1, help="processes of the sft stage")
@@ -57,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
         help="several --job at once",
     )
     report.add_argument("--out", type=Path, help="folder to write it into; default: that of --runs")
+    promote.add_argument("model", help="NAME (its candidate), NAME@ALIAS or NAME/VERSION")
+    rollback.add_argument("model", metavar="name", help="NAME")
+    lineage.add_argument("model", help="NAME (what is released), NAME@ALIAS or NAME/VERSION")
+    lineage.add_argument("--json", action="store_true", help="for programs")
+    for command in (promote, rollback):
+        command.add_argument("--override", action="store_true", help="without a passed gate")
+        command.add_argument("--why", help="the reason, which is recorded; goes with --override")
     run.add_argument("--nproc", type=int, default=1, help="processes of the sft stage")
     run.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     run.add_argument("--rebuild", action="store_true", help="run every stage again")
@@ -68,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does
     try:
-        commands = {"run": run, "plan": plan, "doctor": doctor, "report": report, "verify": verify}
-        return commands[options.command](options)
+        return COMMANDS[options.command](options)
     except UntaxedError as error:
         print(f"untaxed: {one_line(error)}", file=sys.stderr)
         return error.exit_code
@@ -201,6 +211,56 @@ def verify(options: argparse.Namespace) -> int:
     for folder in folders:
         print(f"{folder.name}: {art.verify(folder)} files as sealed")
     return 0
+
+
+def _releases(options: argparse.Namespace) -> Releases:
+    from pipeline.tracking import connect
+
+    try:
+        return Releases(connect(options.runs.resolve()).client)
+    except Exception as error:  # of many kinds, by what kind of store it is
+        raise UntaxedError(f"{store_uri(options.runs)}: {one_line(error)[:300]}") from error
+
+
+def _why_override(options: argparse.Namespace) -> str | None:
+    """The reason for a release without a passed gate; RecipeError for one half of it."""
+    why = (options.why or "").strip()
+    if options.override != bool(why):
+        raise RecipeError("--override and --why REASON go together: what is overridden is recorded")
+    return why or None
+
+
+def promote(options: argparse.Namespace) -> int:
+    """Release a registered model."""
+    why = _why_override(options)
+    print(_releases(options).promote(options.model, why))
+    return 0
+
+
+def rollback(options: argparse.Namespace) -> int:
+    """Release what was released before."""
+    why = _why_override(options)
+    print(_releases(options).rollback(options.model, why))
+    return 0
+
+
+def lineage(options: argparse.Namespace) -> int:
+    """Rows, code, image and gate of a registered model."""
+    found = _releases(options).lineage(options.model)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(told(found)))
+    return 0
+
+
+COMMANDS = {
+    "run": run,
+    "plan": plan,
+    "doctor": doctor,
+    "report": report,
+    "verify": verify,
+    "promote": promote,
+    "rollback": rollback,
+    "lineage": lineage,
+}
 
 
 if __name__ == "__main__":

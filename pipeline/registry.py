@@ -7,7 +7,8 @@ moves the artifact aside. A server refuses file URIs, so there the folder is upl
 logged model; with an artifact root that clients reach directly it does not pass through the server.
 
 Alias ``candidate`` is set at merge. Alias ``released`` is set at eval on the version with the
-evaluated digest when the gate passed, and taken from that version when it did not.
+evaluated digest when the gate passed, and taken from that version when it did not; the version says
+in a tag how its gate ended.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError
 from pipeline.files import link_or_copy
+from pipeline.releasing import CANDIDATE, GATE, NOT_PASSED, PASSED, RELEASED, Releases
 from pipeline.spool import Event, still_sealed
 
 ARTIFACTS = "mlartifacts"
@@ -56,7 +58,7 @@ class Registry:
         """Register a merged model, unless its folder holds another one by now."""
         version = self._version(event, run_id)
         if version:
-            self.client.set_registered_model_alias(version.name, "candidate", version.version)
+            self.client.set_registered_model_alias(version.name, CANDIDATE, version.version)
 
     def release(self, event: Event) -> None:
         """Let ``released`` follow the gate; DataError when the model that passed is gone.
@@ -69,12 +71,15 @@ class Registry:
         if version is None:
             if event["gate_passed"]:
                 raise DataError(f"{event['model']['folder']}: the model that passed is not there")
-        elif event["gate_passed"]:
-            self.client.set_registered_model_alias(version.name, "released", version.version)
+            return
+        said = PASSED if event["gate_passed"] else NOT_PASSED
+        self.client.set_model_version_tag(version.name, version.version, GATE, said)
+        if event["gate_passed"]:
+            Releases(self.client).release(version)
         else:
             aliases = self.client.get_registered_model(version.name).aliases
-            if str(aliases.get("released")) == str(version.version):
-                self.client.delete_registered_model_alias(version.name, "released")
+            if str(aliases.get(RELEASED)) == str(version.version):
+                self.client.delete_registered_model_alias(version.name, RELEASED)
 
     def _version(self, event: Event, run_id: str | None) -> Any:
         """The version with this digest, registered now if it is not; None if its folder is gone."""

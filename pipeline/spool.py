@@ -170,6 +170,8 @@ def sealed(kind: str, job: Job, planned: Planned, artifact: Artifact, metrics: M
     figures, words = _facts(facts)
     series = [(step, _numbers(values)) for step, values in metrics or _history(artifact)]
     event["tags"] |= {"untaxed.digest": artifact.digest} | words
+    code = {"mlflow.source.git.commit": manifest.revision, "untaxed.image": manifest.image}
+    event["tags"] |= {name: value for name, value in code.items() if value}
     return event | {
         "kind": kind,
         "begin": at - round(manifest.seconds * 1000),

@@ -55,14 +55,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": {"errors"},
     "jobfile": {"errors", "recipes"},
     "files": set(),
-    "artifact": {"errors", "__init__", "files"},
+    "origin": set(),
+    "artifact": {"errors", "__init__", "files", "origin"},
     "data": PARTS,
     "model": PARTS,
     "train": PARTS | {"data", "model"},
     "evals": PARTS | {"data", "model"},
     "graph": PARTS | {"data", "model"},
     "spool": PARTS | {"graph"},
-    "registry": PARTS | {"spool"},
+    "releasing": PARTS,
+    "registry": PARTS | {"spool", "releasing"},
     "tracking": PARTS | {"graph", "spool", "registry"},
     "stage": PARTS | {"jobfile", "graph", "tracking"},
     **dict.fromkeys(STAGES, PARTS | MADE_OF | SHELL),
@@ -71,7 +73,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "warm": {"tracking"},
     "summary": PARTS | SHELL | {"evals"},
     "doctor": PARTS | MADE_OF | SHELL | {"launching"},
-    "cli": PARTS | SHELL | {"jobfile", "launching", "planning", "summary", "doctor", "model"},
+    "cluster": PARTS | SHELL,
+    "cli": PARTS
+    | SHELL
+    | {"jobfile", "launching", "planning", "summary", "doctor", "model", "releasing"},
 }
 # Names of types alone, never imported when the program runs.
 MAY_NAME: dict[str, set[str]] = {
