@@ -22,8 +22,15 @@ from pipeline.stage import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / "k8s").rglob("*.yaml") if path.name != "kustomization.yaml")
-OVERLAYS = {"local": "quickstart", "h100": "r1-qwen-14b"}
-VERSIONS = ("1.31", "1.37")  # podFailurePolicy is stable from the first; the second is the newest
+OVERLAYS = {
+    "local": "quickstart",
+    "h100": "r1-qwen-14b",
+    "a100-80g": "r1-qwen-14b",
+    "h100-multinode": "r1-qwen-32b",
+}
+GPU = {name for name in OVERLAYS if name != "local"}
+NODES = {"h100-multinode": 4}
+VERSIONS = ("1.33", "1.34", "1.35", "1.36", "1.37")
 QUANTITY = re.compile(r"[1-9]\d*(m|Ki|Mi|Gi|Ti)?")
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 FIELD_PATHS = {"metadata.labels['batch.kubernetes.io/job-completion-index']"}
@@ -110,6 +117,7 @@ def test_every_file_is_used() -> None:
         kustomization = yaml.safe_load((here / "kustomization.yaml").read_text(encoding="ascii"))
         named = {n for n in kustomization["resources"] if n.endswith(".yaml")}
         named |= {patch["path"] for patch in kustomization.get("patches", [])}
+        assert len(named) == len(list(here.glob("*.yaml"))) - 1
         assert named | {"kustomization.yaml"} == {path.name for path in here.glob("*.yaml")}
 
 
@@ -145,7 +153,10 @@ def test_exit_codes_decide_the_retry(overlay: str, stage: str) -> None:
         "FailJob": {RecipeError.exit_code, DataError.exit_code},
         "Ignore": {Stopped.exit_code},
     }
-    assert spec["backoffLimit"] >= 1, "exit code 1 is tried again"
+    alone = not (stage == "sft" and overlay in NODES)
+    assert bool(spec["backoffLimit"]) == alone, (
+        "code 1 is tried again, but no pod without its peers"
+    )
 
 
 @pytest.mark.parametrize(("overlay", "stage"), every_job())
@@ -236,7 +247,7 @@ def test_resources_are_stated_and_guaranteed(overlay: str, stage: str) -> None:
     for quantity in resources["limits"].values():
         assert QUANTITY.fullmatch(quantity)
     gpus = int(resources["limits"].get("nvidia.com/gpu", 0))
-    assert bool(gpus) == (overlay == "h100" and stage not in ("prep", "pack"))
+    assert bool(gpus) == (overlay in GPU and stage not in ("prep", "pack"))
     assert bool(gpus) == ("tolerations" in pod(job)) == ("nodeSelector" in pod(job))
     if stage == "sft":
         ranks = int(environment(job)["PET_NPROC_PER_NODE"] or 0)
@@ -258,7 +269,7 @@ def test_names_and_namespaces(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_one_image_and_no_pull_of_what_is_loaded(overlay: str) -> None:
-    tag = {"local": "cpu", "h100": "gpu"}[overlay]
+    tag = "gpu" if overlay in GPU else "cpu"
     for job in of_kind(overlay, "Job").values():
         assert container(job)["image"] == f"untaxed:{tag}", "as docker/build.sh names it"
         assert container(job)["imagePullPolicy"] == "IfNotPresent"
@@ -279,6 +290,7 @@ def test_training_pods_find_one_another(overlay: str) -> None:
     (port,), (exposed,) = service["spec"]["ports"], container(job)["ports"]
     assert env["PET_MASTER_PORT"] == str(port["port"]) == str(exposed["containerPort"])
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(env["PET_NNODES"] or 0)
+    assert job["spec"]["completions"] == NODES.get(overlay, 1)
     grace = pod(job)["terminationGracePeriodSeconds"]
     assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] or 0) < grace
 
@@ -321,7 +333,7 @@ def test_network_is_closed_but_for_what_is_named(overlay: str) -> None:
         for rule in policy["spec"].get("egress", [])
         if any("ipBlock" in peer for peer in rule["to"])
     }
-    assert outward == ({"allow-hub"} if overlay == "h100" else set())
+    assert outward == ({"allow-hub"} if overlay in GPU else set())
     labels = [{"app.kubernetes.io/component": stage} for stage in STAGES]
     labels.append({"app.kubernetes.io/name": "untaxed"})
     for policy in policies.values():
