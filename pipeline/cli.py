@@ -9,13 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from pipeline import artifact as art
+from pipeline.cluster import commands
 from pipeline.errors import DataError, RecipeError, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
-from pipeline.jobfile import load_job
+from pipeline.jobfile import apply_set, load_job
 from pipeline.launching import ENGINES, engine_of, launch_stage
 from pipeline.planning import print_memory
 from pipeline.recipes import Geometry, Job
@@ -28,15 +30,26 @@ from pipeline.tracking import Tracker, store_uri
 def parser() -> argparse.ArgumentParser:
     """The command line of ``untaxed``."""
     top = Parser(prog="untaxed", description=__doc__, allow_abbrev=False)
-    commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="all stages in order, skipping what is sealed")
-    plan = commands.add_parser("plan", help="what would run and why, without running it")
-    doctor_ = commands.add_parser("doctor", help="what is wrong with the rows, before training")
-    report = commands.add_parser("report", help="one report over finished jobs, side by side")
-    verify = commands.add_parser("verify", help="re-hash every file of all sealed artifacts")
-    promote = commands.add_parser("promote", help="release a model whose gate passed")
-    rollback = commands.add_parser("rollback", help="release again what was released before")
-    lineage = commands.add_parser("lineage", help="whence a registered model comes")
+    parsers = top.add_subparsers(dest="command", required=True)
+    run = parsers.add_parser("run", help="all stages in order, skipping what is sealed")
+    plan = parsers.add_parser("plan", help="what would run and why, without running it")
+    doctor_ = parsers.add_parser("doctor", help="what is wrong with the rows, before training")
+    report = parsers.add_parser("report", help="one report over finished jobs, side by side")
+    verify = parsers.add_parser("verify", help="re-hash every file of all sealed artifacts")
+    remote = [
+        parsers.add_parser("launch", help="all stages on a Kubernetes cluster, watched"),
+        parsers.add_parser("status", help="how far a launched job is"),
+        parsers.add_parser("logs", help="what a launched job prints"),
+        parsers.add_parser("cancel", help="stop a launched job; it saves its place"),
+    ]
+    for command in remote:
+        commands.add_options(command)
+    remote[0].add_argument("--dry-run", action="store_true", help="print the objects, make none")
+    remote[0].add_argument("--again", action="store_true", help="also what has failed before")
+    remote[2].add_argument("--follow", action="store_true", help="until the stage ends")
+    promote = parsers.add_parser("promote", help="release a model whose gate passed")
+    rollback = parsers.add_parser("rollback", help="release again what was released before")
+    lineage = parsers.add_parser("lineage", help="whence a registered model comes")
     for command in (run, plan, doctor_, report):
         command.add_argument(
             "--job", type=Path, action="append", help="job file; several are compared in one report"
@@ -251,7 +264,23 @@ def lineage(options: argparse.Namespace) -> int:
     return 0
 
 
+def cluster(options: argparse.Namespace) -> int:
+    """The commands on a Kubernetes cluster."""
+    job = load_job(options.job, tuple(options.set))
+    text = options.job.read_text(encoding="utf-8")
+    if options.set:
+        tree = yaml.safe_load(text)
+        for assignment in options.set:
+            apply_set(tree, assignment)
+        text = yaml.safe_dump(tree, sort_keys=False)
+    return getattr(commands, str(options.command))(options, job, text)  # type: ignore[no-any-return]
+
+
 COMMANDS = {
+    "launch": cluster,
+    "status": cluster,
+    "logs": cluster,
+    "cancel": cluster,
     "run": run,
     "plan": plan,
     "doctor": doctor,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from pipeline.cluster.api import POLL_SECONDS, Cluster
 from pipeline.cluster.objects import (
     ATTEMPT_LABEL,
     JOB_LABEL,
@@ -25,6 +25,10 @@ from pipeline.cluster.words import Seen, State, look
 from pipeline.errors import DataError, UntaxedError
 from pipeline.recipes import Job
 
+if TYPE_CHECKING:
+    from pipeline.cluster.api import Cluster
+
+POLL_SECONDS = 5.0
 RESUMED = 20  # evictions of one stage that a launcher goes on after by itself
 LAST_LINES = 20
 
