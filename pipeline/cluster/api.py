@@ -7,8 +7,10 @@ does not answer is asked again for a while, since what runs there goes on withou
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from kubernetes import client, config
@@ -48,8 +50,12 @@ class Cluster:
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         self.namespace, self.say, self.patience = namespace, say, patience
+        said = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
         try:
-            config.load_config(context=context)
+            if "KUBERNETES_SERVICE_HOST" in os.environ and not Path(said).exists():
+                config.load_incluster_config()
+            else:
+                config.load_kube_config(config_file=said, context=context)
         except config.ConfigException as error:
             where = f"context {context}" if context else "the current context"
             raise RecipeError(f"no cluster: {where} of kubeconfig: {error}") from error
