@@ -56,7 +56,6 @@ class Launcher:
     watch: Callable[[Sight], None]
     say: Callable[[str], None]
     again: bool = False
-    pause: float = POLL_SECONDS
     _resumed: dict[str, int] = field(default_factory=dict)
 
     def run(self, stages: Sequence[str]) -> None:
@@ -100,7 +99,7 @@ class Launcher:
                 began_here = True
             else:
                 began_here = True
-                time.sleep(self.pause)
+                time.sleep(POLL_SECONDS)
 
     def _go_on(self, sight: Sight, began_here: bool) -> None:
         """The next attempt of what was stopped from outside, or is asked for; else DataError."""

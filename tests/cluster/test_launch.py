@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -34,8 +35,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """A running cluster whose pods end by ``ends``."""
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(api, "POLL_SECONDS", 0.05)
-    import contextlib
-
     with contextlib.ExitStack() as stack:
 
         def make(**ends: list[dict[str, Any]]) -> MiniCluster:
@@ -49,6 +48,14 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 def untaxed(command: str, *more: str) -> int:
     return cli.main([command, str(JOB), "--overlay", str(LOCAL), *more])
+
+
+def beside(codes: list[int]) -> threading.Thread:
+    """Another launcher, in a thread: without the signals that only a main thread may set."""
+    options = cli.parser().parse_args(["launch", str(JOB), "--overlay", str(LOCAL)])
+    thread = threading.Thread(target=lambda: codes.append(cli.cluster(options)), daemon=True)
+    thread.start()
+    return thread
 
 
 def stages_started(cluster: MiniCluster) -> list[str]:
@@ -151,8 +158,7 @@ def test_complete_without_a_seal_is_not_believed(
 def test_two_launchers_make_no_job_twice(start: Start) -> None:
     cluster = start()
     codes: list[int] = []
-    other = threading.Thread(target=lambda: codes.append(untaxed("launch")))
-    other.start()
+    other = beside(codes)
     codes.append(untaxed("launch"))
     other.join()
     assert codes == [0, 0]
@@ -181,9 +187,7 @@ def test_a_cluster_that_goes_away_is_waited_for(
 
 def test_status_logs_and_cancel(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = start(sft=[status("Running")])
-    codes: list[int] = []
-    other = threading.Thread(target=lambda: codes.append(untaxed("launch")), daemon=True)
-    other.start()
+    beside([])
     until = time.monotonic() + 30
     while "sft" not in stages_started(cluster) and time.monotonic() < until:
         time.sleep(0.02)
