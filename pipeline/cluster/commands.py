@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pipeline.cluster.launch import Launcher, Sight
 from pipeline.cluster.objects import Overlay, read_overlay, stage_objects
+from pipeline.cluster.rules import mistakes
 from pipeline.cluster.screen import Screen
 from pipeline.cluster.words import State
 from pipeline.errors import DataError, RecipeError
@@ -21,14 +22,19 @@ from pipeline.recipes import Job
 
 FOLLOW_SECONDS = 2.0
 ALL_LINES = 10_000
+MOST_TOLD = 3
 
 
 def launch(options: argparse.Namespace, job: Job, text: str) -> int:
     """All stages of the job on the cluster, or with ``--dry-run`` the objects that would be made."""
     overlay = read_overlay(options.overlay)
     stages = _stages(options, job)
+    made = [one for stage in stages for one in stage_objects(overlay, job, text, stage)]
+    wrong = mistakes([*overlay.standing, *made])
+    if wrong:
+        more = f" (and {len(wrong) - MOST_TOLD} more)" if wrong[MOST_TOLD:] else ""
+        raise RecipeError(f"--overlay {options.overlay}: {'; '.join(wrong[:MOST_TOLD])}{more}")
     if options.dry_run:
-        made = [one for stage in stages for one in stage_objects(overlay, job, text, stage)]
         unique = {(one["kind"], one["metadata"]["name"]): one for one in made}
         yaml.safe_dump_all([*overlay.standing, *unique.values()], sys.stdout, sort_keys=False)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cluster.minicluster import MiniCluster, Scripted, running, status
 from parts import ROOT
 
@@ -201,3 +203,21 @@ def test_status_logs_and_cancel(start: Start, capsys: pytest.CaptureFixture[str]
     assert untaxed("cancel", "--stage", "sft") == 0
     assert "is stopped; launch again to go on" in capsys.readouterr().out
     assert [name for name in cluster.kubelet.stopped if "-sft-" in name]  # type: ignore[attr-defined]
+
+
+def test_an_overlay_with_a_mistake_makes_nothing(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = start()
+    own = tmp_path / "own"
+    own.mkdir()
+    patch = [{"op": "replace", "path": "/spec/parallelism", "value": 2}]
+    tree = {
+        "resources": [os.path.relpath(LOCAL, own)],
+        "patches": [{"target": {"kind": "Job", "name": "sft"}, "patch": yaml.safe_dump(patch)}],
+    }
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(tree))
+    assert cli.main(["launch", str(JOB), "--overlay", str(own)]) == 78
+    said = capsys.readouterr().err
+    assert "parallelism=2 and completions=1: ranks wait for one another" in said
+    assert not [target for method, target in cluster.asked if method == "POST"]
