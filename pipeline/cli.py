@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     for command in remote:
         commands.add_options(command)
     remote[0].add_argument("--dry-run", action="store_true", help="print the objects, make none")
+    remote[0].add_argument(
+        "--jobset", action="store_true", help="one JobSet, which needs no launcher; not watched"
+    )
     remote[0].add_argument("--again", action="store_true", help="also what has failed before")
     remote[2].add_argument("--follow", action="store_true", help="until the stage ends")
     promote = parsers.add_parser("promote", help="release a model whose gate passed")

@@ -36,7 +36,9 @@ KINDS = {
     "Deployment": ("AppsV1Api", "namespaced_deployment"),
     "StatefulSet": ("AppsV1Api", "namespaced_stateful_set"),
     "Job": ("BatchV1Api", "namespaced_job"),
+    "JobSet": ("CustomObjectsApi", "namespaced_custom_object"),
 }
+JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 
 
 class Cluster:
@@ -69,11 +71,17 @@ class Cluster:
         if api is None:
             raise RecipeError(f"{kind} {name}: launch knows {', '.join(KINDS)}; kubectl apply it")
         space = [self.namespace] if words.startswith("namespaced") else []  # type: ignore[union-attr]
+        place = [*JOBSET, *space, "jobsets"] if kind == "JobSet" else space
         try:
-            self._ask(getattr(self.apis[api], f"create_{words}"), *space, manifest)
+            self._ask(getattr(self.apis[api], f"create_{words}"), *place, manifest)
         except ApiException as error:
             if error.status == 409:
                 return False
+            if error.status == 404 and kind == "JobSet":
+                raise RecipeError(
+                    f"JobSet {name}: the cluster has no JobSet controller; install it, or launch"
+                    " without --jobset"
+                ) from error
             raise RecipeError(f"{kind} {name}: {_told(error)}") from error
         return True
 

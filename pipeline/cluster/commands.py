@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from pipeline.cluster.jobset import jobset_objects
 from pipeline.cluster.launch import Launcher, Sight
 from pipeline.cluster.objects import Overlay, read_overlay, stage_objects
 from pipeline.cluster.rules import mistakes
@@ -34,6 +35,8 @@ def launch(options: argparse.Namespace, job: Job, text: str) -> int:
     if wrong:
         more = f" (and {len(wrong) - MOST_TOLD} more)" if wrong[MOST_TOLD:] else ""
         raise RecipeError(f"--overlay {options.overlay}: {'; '.join(wrong[:MOST_TOLD])}{more}")
+    if options.jobset:
+        made = list(jobset_objects(overlay, job, text, stages))
     if options.dry_run:
         unique = {(one["kind"], one["metadata"]["name"]): one for one in made}
         yaml.safe_dump_all([*overlay.standing, *unique.values()], sys.stdout, sort_keys=False)
@@ -41,6 +44,12 @@ def launch(options: argparse.Namespace, job: Job, text: str) -> int:
     console = Console(stderr=True)
     screen = Screen(console, stages)
     launcher = _launcher(options, overlay, job, text, screen.show, screen.say)
+    if options.jobset:
+        launcher.make([*overlay.standing, *made])
+        screen.say(
+            f"JobSet {made[-1]['metadata']['name']} runs; untaxed status tells how far it is"
+        )
+        return 0
     with screen.on():
         launcher.run(stages)
     return 0

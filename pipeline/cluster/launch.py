@@ -60,11 +60,15 @@ class Launcher:
 
     def run(self, stages: Sequence[str]) -> None:
         """All ``stages`` to their ends. DataError where one failed and would fail again."""
-        for manifest in self.overlay.standing:
-            if self.cluster.create(manifest):
-                self.say(f"{manifest['kind']} {manifest['metadata']['name']}: made")
+        self.make(self.overlay.standing)
         for stage in stages:
             self._stage(stage)
+
+    def make(self, objects: Sequence[Manifest]) -> None:
+        """Those that are not there yet."""
+        for manifest in objects:
+            if self.cluster.create(manifest):
+                self.say(f"{manifest['kind']} {manifest['metadata']['name']}: made")
 
     def sight(self, stage: str) -> Sight:
         """The latest attempt of ``stage`` under its present key."""
