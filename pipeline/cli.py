@@ -193,6 +193,10 @@ def plan(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """Read what the jobs would train on; exit code 65 when a rule is broken."""
+    if options.image:
+        from pipeline import image
+
+        return image.doctor(Console())
     from pipeline.doctor import doctor as examine_jobs
 
     return examine_jobs(options, _jobs(options))

@@ -55,9 +55,9 @@ class Cluster:
         said = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
         try:
             if "KUBERNETES_SERVICE_HOST" in os.environ and not Path(said).exists():
-                config.load_incluster_config()
+                config.load_incluster_config()  # type: ignore[no-untyped-call]
             else:
-                config.load_kube_config(config_file=said, context=context)
+                config.load_kube_config(said, context)  # type: ignore[no-untyped-call]
         except config.ConfigException as error:
             where = f"context {context}" if context else "the current context"
             raise RecipeError(f"no cluster: {where} of kubeconfig: {error}") from error

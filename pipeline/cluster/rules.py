@@ -16,7 +16,7 @@ Manifest = dict[str, Any]
 Objects = Sequence[Manifest]
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|Ki|M|Mi|G|Gi|T|Ti|P|Pi)?")
-UNITS = {
+UNITS: dict[str | None, Decimal] = {
     None: Decimal(1),
     "m": Decimal("0.001"),
     **{unit: Decimal(1000) ** n for n, unit in enumerate("kMGTP", 1)},

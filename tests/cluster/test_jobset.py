@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from cluster.minicluster import MiniCluster, Scripted, running
 from parts import ROOT
 
 from pipeline import cli
-from pipeline.cluster.objects import Overlay, read_overlay
 from pipeline.cluster.jobset import jobset_objects
+from pipeline.cluster.objects import Overlay, read_overlay
 from pipeline.graph import stages_of
 from pipeline.jobfile import load_job
 
@@ -24,9 +23,6 @@ OVERLAYS = {
     "h100-multinode": "r1-qwen-32b",
 }
 GOLDEN = ROOT / "k8s" / "overlays" / "jobset" / "jobset.yaml"
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("kubectl") or shutil.which("kustomize")), reason="needs kubectl or kustomize"
-)
 
 
 def made(name: str) -> tuple[dict[str, Any], dict[str, Any], Overlay]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,6 @@ from pipeline.jobfile import load_job
 JOB = ROOT / "jobs" / "quickstart.yaml"
 LOCAL = ROOT / "k8s" / "overlays" / "local"
 STAGES = stages_of(load_job(JOB))
-pytest.importorskip("kubernetes")
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("kubectl") or shutil.which("kustomize")), reason="needs kubectl or kustomize"
-)
 
 Start = Callable[..., MiniCluster]
 

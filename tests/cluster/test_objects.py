@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,6 @@ from pipeline.jobfile import load_job
 
 JOB = ROOT / "jobs" / "quickstart.yaml"
 LOCAL = ROOT / "k8s" / "overlays" / "local"
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("kubectl") or shutil.which("kustomize")), reason="needs kubectl or kustomize"
-)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,6 @@ from pipeline.cluster.rules import amount, mistakes
 from pipeline.graph import stages_of
 from pipeline.jobfile import load_job
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("kubectl") or shutil.which("kustomize")), reason="needs kubectl or kustomize"
-)
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))
 Objects = dict[str, dict[str, Any]]
 
