@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow_server import Server
 from parts import ROOT
 from tracked import FILES, GATE, Play, Records, free_port
 
@@ -25,57 +24,10 @@ from pipeline.spool import flatten, short, uninterrupted
 pytest_plugins = ("tracked",)
 
 
-class Server:
-    """A real ``mlflow server`` that can be stopped and started again."""
-
-    def __init__(self, folder: Path, database: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        shutil.copyfile(database, folder / "server.db")
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        settings = {
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "OMP_NUM_THREADS": "1",
-        }
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=inherited | settings,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        give_up = time.monotonic() + 180
-        while time.monotonic() < give_up:
-            with contextlib.suppress(OSError):
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                    if answer.status == 200:
-                        return
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            time.sleep(0.1)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture()
 def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
-    made = Server(tmp_path / "server", empty_database)
+    made = Server(tmp_path / "server")
+    shutil.copyfile(empty_database, made.folder / "server.db")
     yield made
     made.stop()
 
