@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", default="cpu", help="cpu (this machine), h100-80g, a100-40g, ...")
     plan.add_argument("--device-gb", type=float, help="memory of another device, in 10^9 bytes")
     doctor_.add_argument("--samples", type=int, default=2, help="rows of each source to show")
+    doctor_.add_argument(
+        "--image", action="store_true", help="the container this runs in, and no job"
+    )
     doctor_.set_defaults(rebuild=False)
     report.add_argument(
         "--compare",
