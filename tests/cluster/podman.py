@@ -28,6 +28,9 @@ KNOWN = {
 }  # fmt: skip
 
 
+os.environ["CONTAINERS_CONF"] = str(Path(__file__).with_name("containers.conf"))
+
+
 def podman(*words: str, check: bool = True) -> str:
     """What ``podman WORDS`` prints. CalledProcessError, with what it says, for one that fails."""
     done = subprocess.run(["podman", *words], capture_output=True, text=True)

@@ -22,7 +22,7 @@ from parts import ROOT, make_model, make_tokenizer, sample_rows
 
 from pipeline.cluster.objects import PART
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+pytestmark = [pytest.mark.containers, pytest.mark.skipif(bool(missing()), reason=missing())]
 LOCAL = ROOT / "k8s" / "overlays" / "local"
 STAGES = ["prep", "anchor", "pack", "sft", "choose", "merge", "baseline", "eval"]
 SUITES = [
