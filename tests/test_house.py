@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobfile": {"errors", "recipes"},
     "files": set(),
     "origin": set(),
+    "image": {"errors", "origin", "__init__"},
     "artifact": {"errors", "__init__", "files", "origin"},
     "data": PARTS,
     "model": PARTS,
@@ -76,7 +77,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": PARTS | SHELL,
     "cli": PARTS
     | SHELL
-    | {"jobfile", "launching", "planning", "summary", "doctor", "model", "releasing"},
+    | {
+        "jobfile",
+        "launching",
+        "planning",
+        "summary",
+        "doctor",
+        "model",
+        "releasing",
+        "cluster",
+        "image",
+    },
 }
 # Names of types alone, never imported when the program runs.
 MAY_NAME: dict[str, set[str]] = {

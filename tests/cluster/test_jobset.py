@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster.minicluster import MiniCluster, Scripted, running
+from cluster.minicluster import MiniCluster, running
+from cluster.scripted import Scripted
 from parts import ROOT
 
 from pipeline import cli

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster.minicluster import MiniCluster, Scripted, running, status
+from cluster.minicluster import MiniCluster, running, status
+from cluster.scripted import Scripted
 from parts import ROOT
 
 from pipeline import cli
