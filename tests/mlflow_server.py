@@ -128,7 +128,7 @@ def postgres(folder: Path) -> Iterator[str]:
             "mlflow",
         ]
         wait(lambda: not subprocess.run(ask, capture_output=True).returncode, process, log)
-        yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
+        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()
