@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,52 +34,106 @@ TRAINING = ("anchor", "pack", "sft")
 
 @dataclass(frozen=True)
 class Recipe:
-    """``changes`` as of ``--set``; ``without``: sources that are left out."""
+    """``changes`` as of ``--set``; ``without``: sources that are left out; ``limits``: rows of a source;
+    ``added``: after which source, a source."""
 
     name: str
     what: str
     changes: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    limits: Mapping[str, int] = field(default_factory=dict)
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """The job file that runs it."""
         tree: dict[str, Any] = yaml.safe_load(JOB.read_text(encoding="utf-8"))
-        sources = tree["prep"]["sources"]
-        lost = set(self.without) - {source["name"] for source in sources}
+        sources = {source["name"]: source for source in tree["prep"]["sources"]}
+        lost = {*self.without, *self.limits, *self.added} - set(sources)
         if lost:
             raise SystemExit(f"{self.name}: {JOB.name} has no source {min(lost)}")
-        tree["prep"]["sources"] = [s for s in sources if s["name"] not in self.without]
+        for name, limit in self.limits.items():
+            sources[name]["limit"] = limit
+        tree["prep"]["sources"] = [
+            one
+            for name, source in sources.items()
+            for one in (source, self.added.get(name))
+            if one is not None and one["name"] not in self.without
+        ]
         for change in (f"name={self.name}", *self.changes):
             apply_set(tree, change)
         return tree
 
+    def but(self, name: str, what: str, *changes: str, **more: Any) -> Recipe:
+        """The same with more changed."""
+        return replace(self, name=name, what=what, changes=(*self.changes, *changes), **more)
+
+    def seeded(self, seed: int) -> Recipe:
+        """The same with another seed."""
+        name = f"{self.name}-seed-{seed}"
+        return self.but(name, "another seed", f"sft.seed={seed}", f"pack.seed={seed}")
+
 
 ANCHORS = ("contrast-harmless", "borderline", "harmless", "arithmetic")
-EARLY = "{from_fraction: 0.0, to_fraction: 0.3333}"
-LATE = "{from_fraction: 0.6667, to_fraction: 1.0}"
+EARLY = "sft.lora.layers={from_fraction: 0.0, to_fraction: 0.3333}"
+LATE = "sft.lora.layers={from_fraction: 0.6667, to_fraction: 1.0}"
+TRAIN = {"where": {"split": "train"}}
+SAMPLE = {
+    "star1": {"name": "harmful", "kind": "refusal", "source": "sample:harmful", **TRAIN},
+    "harmless": {"name": "ordinary", "kind": "anchor", "source": "sample:ordinary", **TRAIN},
+}
+BEST = Recipe("untaxed", "the job as it is")
+ONE = BEST.but("rank-1", "rank 1, so that alpha / rank is 16", "sft.lora.rank=1")
+MORE = BEST.but(
+    "more-rows",
+    "harmful and ordinary rows of the sample, 600 of STAR-1, 300 of arithmetic",
+    limits={"star1": 600, "arithmetic": 300},
+    added=SAMPLE,
+)
+MORE_ONE = MORE.but("more-rows-rank-1", "the same, rank 1", "sft.lora.rank=1")
 RECIPES = (
-    Recipe("untaxed", "the job as it is"),
-    Recipe("seed-1", "another seed", ("sft.seed=1", "pack.seed=1")),
-    Recipe("seed-2", "another seed", ("sft.seed=2", "pack.seed=2")),
-    Recipe("refusals-only", "no anchors", without=ANCHORS),
-    Recipe("no-contrast", "no contrast rows", without=("contrast-harmful", "contrast-harmless")),
-    Recipe("no-borderline", "no borderline rows", without=("borderline",)),
-    Recipe("sft-anchors", "cross-entropy on anchors", ("sft.anchors={objective: sft}",)),
-    Recipe("kl-half", "KL weight halved", ("sft.anchors.weight=3",)),
-    Recipe("kl-double", "KL weight doubled", ("sft.anchors.weight=12",)),
-    Recipe("rank-8", "rank 8, alpha 16", ("sft.lora.rank=8",)),
-    Recipe(
-        "rank-8-rslora",
-        "rank 8, alpha / sqrt(rank)",
-        ("sft.lora.rank=8", "sft.lora.alpha_policy=rslora"),
+    BEST,
+    BEST.seeded(1),
+    BEST.seeded(2),
+    ONE,
+    ONE.seeded(1),
+    ONE.seeded(2),
+    ONE.but(
+        "rank-1-no-contrast",
+        "rank 1, no contrast rows",
+        without=("contrast-harmful", "contrast-harmless"),
     ),
-    Recipe("early", "first third of the layers", (f"sft.lora.layers={EARLY}",)),
-    Recipe("late", "last third of the layers", (f"sft.lora.layers={LATE}",)),
-    Recipe("mlp", "gate, up and down", ("sft.lora.targets=mlp",)),
-    Recipe("rewritten", "refusals worded by the base", ("anchor.rewrite_refusals={}",)),
-    Recipe("primer", "safety primer", ("prep.safety_primer=Is this safe? Let me think.",)),
-    Recipe("scale-0.75", "update scaled at the merge", ("merge.scale=0.75",)),
-    Recipe("scale-1.25", "update scaled at the merge", ("merge.scale=1.25",)),
+    MORE,
+    MORE_ONE,
+    MORE_ONE.but(
+        "fewer-anchors", "the same, 100 of arithmetic", limits={"star1": 600, "arithmetic": 100}
+    ),
+    BEST.but("scaled-down", "update times 0.75 at the merge", "merge.scale=0.75"),
+    BEST.but("scaled-up", "update times 1.25 at the merge", "merge.scale=1.25"),
+    BEST.but("late", "last third of the layers", LATE),
+    BEST.but("early", "first third of the layers", EARLY),
+    BEST.but("mlp", "gate, up and down", "sft.lora.targets=mlp"),
+    BEST.but("rslora", "alpha / sqrt(rank)", "sft.lora.alpha_policy=rslora"),
+    BEST.but("proportional", "alpha, whatever the rank", "sft.lora.alpha_policy=proportional"),
+    BEST.but(
+        "refusals-only",
+        "no anchors",
+        "anchor=null",
+        "sft.anchors={objective: sft}",
+        without=ANCHORS,
+    ),
+    BEST.but(
+        "sft-anchors",
+        "whole answers of up to 64 tokens, by cross-entropy",
+        "sft.anchors={objective: sft}",
+        "anchor.truncated=drop",
+        "anchor.max_new_tokens=64",
+    ),
+    BEST.but("kl-half", "KL weight halved", "sft.anchors.weight=3"),
+    BEST.but("kl-double", "KL weight doubled", "sft.anchors.weight=12"),
+    BEST.but("half-mixed", "half of the anchors from Alpaca", limits={"harmless": 300}),
+    BEST.but("no-borderline", "no borderline rows", without=("borderline",)),
+    BEST.but("primer", "safety primer", "prep.safety_primer=Is this safe? Let me think."),
+    BEST.but("rewritten", "refusals worded by the base", "anchor.rewrite_refusals={}"),
 )
 
 

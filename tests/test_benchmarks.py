@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from pipeline.jobfile import load_job
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -121,3 +124,14 @@ def test_a_goal_is_stated_without_a_gpu(
     assert "24,000 tokens/s are 46.9% MFU" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no GPU here"):
         run(monkeypatch)
+
+
+def test_every_recipe_is_a_job_that_differs_from_the_others(tmp_path: Path) -> None:
+    recipes = importlib.import_module("recipes")
+    trees = {}
+    for recipe in recipes.RECIPES:
+        file = tmp_path / f"{recipe.name}.yaml"
+        file.write_text(yaml.safe_dump(recipe.tree()))
+        trees[recipe.name] = load_job(file).model_dump_json(exclude={"name"})
+    assert len(trees) == len(recipes.RECIPES)
+    assert len(set(trees.values())) == len(trees)
