@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stage": PARTS | {"jobfile", "graph", "tracking"},
     **dict.fromkeys(STAGES, PARTS | MADE_OF | SHELL),
     "launching": PARTS | SHELL,
-    "planning": PARTS | SHELL | {"model"},
+    "planning": PARTS | SHELL | {"data", "model"},
     "warm": {"tracking"},
     "summary": PARTS | SHELL | {"evals"},
     "doctor": PARTS | MADE_OF | SHELL | {"launching"},
