@@ -28,7 +28,7 @@ docker) command="docker build" ;;
 buildah)
     pip=$(mktemp)
     trap 'rm -f "$pip"' EXIT
-    command="buildah build --isolation chroot --format oci $(python3 docker/pip_here.py "$pip" | tr '\n' ' ')"
+    command="buildah build --layers --isolation chroot --format oci $(python3 docker/pip_here.py "$pip" | tr '\n' ' ')"
     ;;
 *)
     echo "docker/build.sh: unknown BUILDER $BUILDER; wanted docker or buildah" >&2
