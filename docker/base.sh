@@ -7,6 +7,10 @@ set -eu
 name=${1:-localhost/python:bookworm}
 tool=podman
 command -v podman >/dev/null || tool=docker
+if $tool image inspect "$name" >/dev/null 2>&1; then
+    echo "docker/base.sh: $name is there; remove it ($tool rmi $name) to make it anew"
+    exit 0
+fi
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mmdebstrap --quiet --variant=minbase --include=ca-certificates,python3,python3-venv,python3-pip \
