@@ -21,12 +21,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-FAILED, USAGE, NOT_FOUND, BAD_RECIPE, STOPPED = 1, 64, 127, 78, 143
+FAILED, USAGE, NOT_FOUND, BAD_RECIPE, KILLED, STOPPED = 1, 64, 127, 78, 137, 143
 STATUS_FILE, SEALED_FILE = "UNTAXED_STATUS_FILE", "UNTAXED_SEALED_FILE"
 GRACE = "UNTAXED_GRACE_SECONDS"
 GRACE_SECONDS = 240.0
 LAST_WORDS = Path("/dev/termination-log")
 LOOK_SECONDS = 0.05
+NO_MEMORY = "out of memory"
+# Of the control group of this container, version 2 and 1: lines of a name and a count.
+OUT_OF_MEMORY = (
+    Path("/sys/fs/cgroup/memory.events"),
+    Path("/sys/fs/cgroup/memory/memory.oom_control"),
+)
 
 
 class Usage(Exception):
@@ -96,6 +102,7 @@ class Stage:
         self.group = 0
         self.asked = False  # to stop, from outside
         self.until: float | None = None  # all processes are gone by then
+        self.killed_before = killed_for_memory()
 
     def run(self) -> int:
         """To its end; OSError for a command that cannot be started."""
@@ -159,17 +166,37 @@ class Stage:
         """The exit code: what a rank said, or what became of the launcher."""
         sealed = Path(self.sealed.read_text()) if self.sealed.exists() else None
         if sealed is not None and (sealed / "manifest.json").exists():
-            with contextlib.suppress(OSError):
-                LAST_WORDS.write_text(f"sealed {sealed.name}")
+            last_words(f"sealed {sealed.name}")
             return 0
         said = int(self.status.read_text()) if self.status.exists() else None
         if self.asked and said in (None, STOPPED):
             return STOPPED
         if said not in (None, STOPPED):
             return int(said or FAILED)
+        if (killed := killed_for_memory() - self.killed_before) > 0:
+            last_words(f"{NO_MEMORY}: the kernel killed {killed} process(es) of this stage")
+            return KILLED
         if code == 0:
             print("entrypoint: ended without an error and sealed nothing", file=sys.stderr)
         return FAILED
+
+
+def last_words(text: str) -> None:
+    """What the pod's status shows; also printed where it is no success."""
+    if not text.startswith("sealed"):
+        print(f"entrypoint: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        LAST_WORDS.write_text(text)
+
+
+def killed_for_memory(files: Sequence[Path] = OUT_OF_MEMORY) -> int:
+    """How many processes of this container the kernel has killed for its limit; 0 where it does not
+    say. The runtime tells only of the first process, and ranks are others."""
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):
+            counts = dict(line.split() for line in file.read_text().splitlines())
+            return int(counts.get("oom_kill", 0))
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from parts import ROOT
 
+from pipeline.cluster.words import NO_MEMORY, SIGKILL
 from pipeline.errors import DataError, RecipeError, Stopped
 from pipeline.stage import SEALED_FILE, STATUS_FILE
 
@@ -85,6 +86,27 @@ def wait_for(folder: Path, pattern: str, count: int) -> None:
 def test_constants_are_those_of_the_pipeline(module: ModuleType) -> None:
     assert (module.STATUS_FILE, module.SEALED_FILE) == (STATUS_FILE, SEALED_FILE)
     assert (RecipeError.exit_code, Stopped.exit_code) == (module.BAD_RECIPE, module.STOPPED)
+    assert (NO_MEMORY, SIGKILL) == (module.NO_MEMORY, module.KILLED)
+
+
+@pytest.mark.parametrize(
+    ("texts", "killed"),
+    [
+        (["low 0\nhigh 0\nmax 9\noom 3\noom_kill 2\n"], 2),
+        (["oom_kill_disable 0\nunder_oom 0\noom_kill 1\n"], 1),
+        (["oom_kill_disable 0\nunder_oom 0\n"], 0),
+        (["not two words a line\n", "oom_kill 4\n"], 4),
+        ([], 0),
+    ],
+)
+def test_the_kernel_is_asked_how_many_it_killed(
+    module: ModuleType, tmp_path: Path, texts: list[str], killed: int
+) -> None:
+    """Control groups of version 2 and 1, an older kernel, a file that is something else, none."""
+    files = [tmp_path / str(number) for number in range(max(1, len(texts)))]
+    for file, text in zip(files, texts, strict=False):
+        file.write_text(text)
+    assert module.killed_for_memory(files) == killed
 
 
 @pytest.mark.parametrize("code", [0, 1, RecipeError.exit_code, DataError.exit_code])

@@ -11,6 +11,7 @@ from pipeline.errors import DataError, RecipeError, Stopped
 
 Manifest = dict[str, Any]
 SIGKILL = 137
+NO_MEMORY = "out of memory"  # how the entry point begins its last words
 
 
 class State(StrEnum):
@@ -126,7 +127,7 @@ def _ended(pods: Sequence[Manifest]) -> Iterator[tuple[str, Word, str]]:
 
 
 def _exit(end: Manifest) -> Word:
-    if end.get("reason") == "OOMKilled":
+    if end.get("reason") == "OOMKilled" or str(end.get("message") or "").startswith(NO_MEMORY):
         return OUT_OF_MEMORY
     if end["exitCode"] == SIGKILL:
         return KILLED

@@ -109,8 +109,7 @@ class Podman:
             }
         code = said["ExitCode"]
         words = self._last_words(name).read_text().strip() or self.log(pod)[-2048:]
-        out_of_memory = said["OOMKilled"] or (code == 137 and self._killed_for_memory(name))
-        reason = "OOMKilled" if out_of_memory else "Completed" if code == 0 else "Error"
+        reason = "OOMKilled" if said["OOMKilled"] else "Completed" if code == 0 else "Error"
         end = {"exitCode": code, "reason": reason, "message": words, "finishedAt": now()}
         found = {
             "phase": "Failed" if code else "Succeeded",
@@ -152,11 +151,6 @@ class Podman:
 
     def _last_words(self, pod: str) -> Path:
         return self.folder / "pods" / pod / "termination-log"
-
-    def _killed_for_memory(self, pod: str) -> bool:
-        """podman does not always hear of it from a cgroup of version 1; the kernel's log does."""
-        said = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
-        return podman("inspect", "--format", "{{.Id}}", self._own(pod)).strip() in said
 
     def _words(self, pod: Manifest) -> list[str]:
         spec, meta = pod["spec"], pod["metadata"]

@@ -171,10 +171,11 @@ def only(*stages: str) -> list[str]:
 def memory(text: str) -> Manifest:
     """The spec of a Job whose container may use no more."""
     asked = {"cpu": "2", "memory": text, "ephemeral-storage": "2Gi"}
-    resources = {"requests": asked, "limits": asked}
-    return {
-        "template": {"spec": {"containers": [{"name": "stage", "resources": resources}]}},
+    pod = {
+        "containers": [{"name": "stage", "resources": {"requests": asked, "limits": asked}}],
+        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}],
     }
+    return {"template": {"spec": pod}}
 
 
 def test_a_whole_job_with_a_launcher_that_is_killed(place: Place) -> None:

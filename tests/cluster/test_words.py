@@ -87,6 +87,14 @@ CASES = [
     (BACKOFF, [pod("Failed", ended(137))], [], State.FAILED, "it was killed before", True),
     (
         BACKOFF,
+        [pod("Failed", ended(137, message="out of memory: the kernel killed 1 process(es)"))],
+        [],
+        State.FAILED,
+        "it ran out of memory",
+        False,
+    ),
+    (
+        BACKOFF,
         [pod("Failed", ended(137), conditions=[DISRUPTED])],
         [],
         State.FAILED,
