@@ -53,7 +53,11 @@ WAITING = {
     ),
     "CreateContainerError": Word("the container cannot be made", "see kubectl describe pod"),
     "RunContainerError": Word("the container cannot be started", "see kubectl describe pod"),
+    "CrashLoopBackOff": Word(
+        "a server beside the stage ends again and again", "see kubectl logs POD -c its name"
+    ),
 }
+STARTING = Word("what it needs in its pod is not up yet", "wait: a server has to load its model")
 EVENTS = {
     "FailedMount": Word("a volume cannot be mounted", "see that the claim is bound and free"),
     "FailedAttachVolume": Word(
@@ -112,7 +116,7 @@ def _ended(pods: Sequence[Manifest]) -> Iterator[tuple[str, Word, str]]:
         disrupted = next((c for c in conditions if c["type"] == "DisruptionTarget"), None)
         terminated = [
             state["state"]["terminated"]
-            for state in status.get("containerStatuses") or ()
+            for state in _containers(pod)
             if state.get("state", {}).get("terminated")
         ]
         when = min((t.get("finishedAt") or "" for t in terminated), default="")
@@ -123,6 +127,15 @@ def _ended(pods: Sequence[Manifest]) -> Iterator[tuple[str, Word, str]]:
         for end in terminated:
             if end["exitCode"] != 0:
                 yield when, _exit(end), " ".join(str(end.get("message") or "").split())
+
+
+def _containers(pod: Manifest) -> list[Manifest]:
+    """What is told of each: the stage first, whose end is the pod's, then what starts before it."""
+    status = pod["status"]
+    return [
+        *(status.get("containerStatuses") or ()),
+        *(status.get("initContainerStatuses") or ()),
+    ]
 
 
 def _exit(end: Manifest) -> Word:
@@ -142,10 +155,13 @@ def _waiting(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest]
             if unplaced:
                 word = Word("no node has room for it", "free one, or ask for less in the overlay")
                 return _seen(State.WAITING, word, condition.get("message", ""))
-        for container in pod["status"].get("containerStatuses") or ():
+        for container in _containers(pod):
             waiting = container.get("state", {}).get("waiting") or {}
             if waiting.get("reason") in WAITING:
                 return _seen(State.WAITING, WAITING[waiting["reason"]], waiting.get("message", ""))
+        for container in pod["status"].get("initContainerStatuses") or ():
+            if "running" in container.get("state", {}) and not container.get("started"):
+                return _seen(State.WAITING, STARTING, container["name"])
     for event in reversed(events):
         if event.get("reason") in EVENTS:
             return _seen(State.WAITING, EVENTS[event["reason"]], event.get("message", ""))

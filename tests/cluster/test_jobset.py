@@ -22,6 +22,7 @@ OVERLAYS = {
     "h100": "r1-qwen-14b",
     "a100-80g": "r1-qwen-14b",
     "h100-multinode": "r1-qwen-32b",
+    "h100-vllm": "r1-qwen-14b-served",
 }
 GOLDEN = ROOT / "k8s" / "overlays" / "jobset" / "jobset.yaml"
 

@@ -32,6 +32,11 @@ def waits(reason: str, message: str = "") -> dict[str, Any]:
     return {"waiting": {"reason": reason, "message": message}}
 
 
+def first(state: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Of what starts before the stage."""
+    return {"initContainerStatuses": [{"name": "serve-base", "state": state} | more]}
+
+
 def unplaced(message: str) -> dict[str, Any]:
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
     return pod("Pending", conditions=[condition | {"message": message}])
@@ -78,6 +83,52 @@ CASES = [
         [{"reason": "FailedMount", "message": 'claim "runs" not found'}],
         State.WAITING,
         "a volume cannot be mounted: claim",
+        False,
+    ),
+    (
+        job(),
+        [
+            pod(
+                "Pending",
+                waits("PodInitializing"),
+                **first(waits("CrashLoopBackOff", "back-off 5m")),
+            )
+        ],
+        [],
+        State.WAITING,
+        "a server beside the stage ends again and again: back-off 5m",
+        False,
+    ),
+    (
+        job(),
+        [pod("Pending", waits("PodInitializing"), **first({"running": {}}, started=False))],
+        [],
+        State.WAITING,
+        "what it needs in its pod is not up yet: serve-base",
+        False,
+    ),
+    (
+        job(),
+        [pod("Pending", waits("PodInitializing"), **first({"running": {}}, started=True))],
+        [],
+        State.WAITING,
+        "",
+        False,
+    ),
+    (
+        POLICY,
+        [pod("Failed", waits("PodInitializing"), **first(ended(65, message="merge: to run")))],
+        [],
+        State.FAILED,
+        "data or an artifact is bad: merge: to run",
+        False,
+    ),
+    (
+        BACKOFF,
+        [pod("Failed", ended(78), **first(ended(143)))],
+        [],
+        State.FAILED,
+        "the recipe is bad",
         False,
     ),
     (POLICY, [pod("Failed", ended(78))], [], State.FAILED, "the recipe is bad", False),
