@@ -303,32 +303,6 @@ def test_one_image_and_no_pull_of_what_is_loaded(overlay: str) -> None:
         assert container(job)["imagePullPolicy"] == "IfNotPresent"
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_servers_answer_to_the_stage_alone(stage: str) -> None:
-    """Each model at an address of the pod's own, by the name that the job file asks for."""
-    job = of_kind("h100-vllm", "Job")[stage]
-    names = servers("h100-vllm", stage)
-    models, *found = before(job) or [{}]
-    assert [one["name"] for one in found] == [f"serve-{name}" for name in names]
-    assert bool(models) == bool(names)
-    addresses = {"base": "UNTAXED_ENDPOINT", "aligned": "UNTAXED_ALIGNED_ENDPOINT"}
-    for name, one in zip(names, found, strict=True):
-        said = dict(word.removeprefix("--").split("=") for word in one["args"])
-        assert one["command"] == ["vllm", "serve", f"/served/{name}"]
-        assert f"/served/{name}" in models["args"][2].split()
-        assert (said["served-model-name"], said["host"]) == (name, "127.0.0.1")
-        port = said["port"]
-        assert environment(job)[addresses[name]] == f"http://127.0.0.1:{port}/v1"
-        assert f"http://127.0.0.1:{port}/health" in one["startupProbe"]["exec"]["command"][2]
-        assert one["restartPolicy"] == "Always"
-        values = {variable["name"]: variable["value"] for variable in one["env"]}
-        places = [v for n, v in values.items() if n.endswith(("DIR", "HOME", "ROOT", "_BASE"))]
-        assert len(places) == 10 and all(f"{place}/".startswith("/tmp/") for place in places)
-        writable = {m["mountPath"] for m in one["volumeMounts"] if not m.get("readOnly")}
-        assert writable == {"/tmp", "/dev/shm"}
-    assert {addresses[name] for name in names} == set(addresses.values()) & set(environment(job))
-
-
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_training_pods_find_one_another(overlay: str) -> None:
     """Service, subdomain, job name, rendezvous address and port must agree letter by letter."""
@@ -374,22 +348,3 @@ def test_the_job_file_travels_unchanged(overlay: str, name: str) -> None:
     stages = stages_of(parse_job(yaml.safe_load(text), name))
     assert stages == [stage for stage in STAGES if stage in stages]
     assert set(STAGES) - set(stages) <= {"choose"}, "a Job for each, started where the job names it"
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_network_is_closed_but_for_what_is_named(overlay: str) -> None:
-    policies = of_kind(overlay, "NetworkPolicy")
-    closed = policies["default-deny"]["spec"]
-    assert closed == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    outward = {
-        name
-        for name, policy in policies.items()
-        for rule in policy["spec"].get("egress", [])
-        if any("ipBlock" in peer for peer in rule["to"])
-    }
-    assert outward == ({"allow-hub"} if overlay in GPU else set())
-    labels = [{"app.kubernetes.io/component": stage} for stage in STAGES]
-    labels.append({"app.kubernetes.io/name": "untaxed"})
-    for policy in policies.values():
-        chosen = policy["spec"]["podSelector"].get("matchLabels")
-        assert chosen is None or chosen in labels

@@ -85,6 +85,16 @@ class Cluster:
             raise RecipeError(f"{kind} {name}: {_told(error)}") from error
         return True
 
+    def has_config_map(self, name: str) -> bool:
+        ask = self.apis["CoreV1Api"].read_namespaced_config_map
+        try:
+            self._ask(ask, name, self.namespace)
+        except ApiException as error:
+            if error.status == 404:
+                return False
+            raise RecipeError(f"ConfigMap {name}: {_told(error)}") from error
+        return True
+
     def jobs(self, labels: dict[str, str]) -> list[Manifest]:
         return self._list(self.apis["BatchV1Api"].list_namespaced_job, labels)
 

@@ -11,13 +11,16 @@ import itertools
 from collections.abc import Sequence
 
 from pipeline.cluster.objects import (
+    CLOSED,
     JOB_CHARACTERS,
     JOB_LABEL,
     KEY_DIGITS,
     KEY_LABEL,
+    TRACKING,
     Manifest,
     Overlay,
     stage_objects,
+    tracking_objects,
 )
 from pipeline.recipes import Job
 
@@ -30,6 +33,11 @@ def jobset_objects(
 ) -> tuple[Manifest, ...]:
     """The ConfigMap with the job file, and the JobSet of ``stages`` in their order."""
     made = {stage: stage_objects(overlay, job, text, stage) for stage in stages}
+    closed = [stage for stage in stages if stage in CLOSED]
+    served = [one for one in overlay.standing if one["metadata"]["name"] == TRACKING]
+    if closed and served:
+        key = made[closed[-1]][-1]["metadata"]["labels"][KEY_LABEL]
+        made["track"] = tracking_objects(overlay, job, text, key, 1)
     keys = [objects[-1]["metadata"]["labels"][KEY_LABEL] for objects in made.values()]
     key = hashlib.sha256("/".join(keys).encode()).hexdigest()[:KEY_DIGITS]
     name = f"{job.name[:JOB_CHARACTERS].rstrip('-')}-{key}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
+from pipeline.cluster.network import code_is_alone
 from pipeline.cluster.servers import models_served, servers_beside
 
 Manifest = dict[str, Any]
@@ -324,4 +325,5 @@ RULES: tuple[Rule, ...] = (
     _training,
     servers_beside,
     models_served,
+    code_is_alone,
 )

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.graph import STAGES, AnchorStep, BaselineStep, EvalStep
 from pipeline.jobfile import parse_job
-from pipeline.recipes import Job
+from pipeline.recipes import Job, JudgeRecipe
 
 Manifest = dict[str, Any]
 PART = "app.kubernetes.io/component"
@@ -42,7 +42,7 @@ def models_asked(job: Job, stage: str) -> dict[str, set[str]]:
     """By the variable that says where the server is: the names of the models that ``stage`` asks."""
     recipe = STAGES[stage].recipe(job)
     asked: dict[str, set[str]] = {ADDRESS: set(), ALIGNED_ADDRESS: set()}
-    judges = ()
+    judges: tuple[JudgeRecipe, ...] = ()
     if isinstance(recipe, AnchorStep) and recipe.anchor.endpoint:
         asked[ADDRESS].add(recipe.anchor.endpoint.model)
     if isinstance(recipe, BaselineStep):

@@ -197,8 +197,8 @@ class Client:
             raise RecipeError(f"{where}: {said}; {KEY} is {state}: set it to a key of this server")
         if status < 400 or status in (404, 405, 501):
             raise RecipeError(
-                f"{where}: {said}; wanted an OpenAI-compatible server: correct {self.server.variable}, which mostly"
-                " ends in /v1"
+                f"{where}: {said}; wanted an OpenAI-compatible server: correct"
+                f" {self.server.variable}, which mostly ends in /v1"
             )
         raise Refused(f"{where}: {said}")
 

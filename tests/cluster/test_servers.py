@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,18 @@ import pytest
 import yaml
 from parts import ROOT
 
-from pipeline.cluster.objects import read_overlay, stage_objects
+from pipeline.cluster.objects import Overlay, read_overlay, stage_objects
 from pipeline.cluster.rules import mistakes
+from pipeline.graph import STAGES
 from pipeline.jobfile import parse_job
 
 SERVED = ROOT / "jobs" / "r1-qwen-14b-served.yaml"
 Parts = dict[str, Any]
+
+
+@functools.cache
+def read(overlay: str) -> Overlay:
+    return read_overlay(ROOT / "k8s" / "overlays" / overlay)
 
 
 def made(overlay: str, stage: str, **change: Any) -> list[dict[str, Any]]:
@@ -24,7 +31,7 @@ def made(overlay: str, stage: str, **change: Any) -> list[dict[str, Any]]:
     for section, values in change.items():
         tree[section] |= values
     text = yaml.safe_dump(tree)
-    found = read_overlay(ROOT / "k8s" / "overlays" / overlay)
+    found = read(overlay)
     return [*found.standing, *stage_objects(found, parse_job(tree, "test"), text, stage)]
 
 
@@ -139,6 +146,33 @@ def test_a_judge_is_asked_at_the_same_address() -> None:
     judge = {"kind": "rubric", "endpoint": {"model": "judge"}}
     (line,) = mistakes(made("h100-vllm", "baseline", eval={"judges": [judge]}))
     assert "the job file asks for model judge, the server has base" in line
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_servers_answer_to_the_stage_alone(stage: str) -> None:
+    """Each model at an address of the pod's own, by the name that the job file asks for."""
+    pod = read("h100-vllm").jobs[stage]["spec"]["template"]["spec"]
+    names = {"anchor": ["base"], "baseline": ["base"], "eval": ["aligned", "base"]}.get(stage, [])
+    models, *found = pod.get("initContainers") or [{}]
+    assert [one["name"] for one in found] == [f"serve-{name}" for name in names]
+    assert bool(models) == bool(names)
+    values = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+    addresses = {"base": "UNTAXED_ENDPOINT", "aligned": "UNTAXED_ALIGNED_ENDPOINT"}
+    assert {addresses[name] for name in names} == set(addresses.values()) & set(values)
+    for name, one in zip(names, found, strict=True):
+        said = dict(word.removeprefix("--").split("=") for word in one["args"])
+        assert one["command"] == ["vllm", "serve", f"/served/{name}"]
+        assert f"/served/{name}" in models["args"][2].split()
+        assert (said["served-model-name"], said["host"]) == (name, "127.0.0.1")
+        port = said["port"]
+        assert values[addresses[name]] == f"http://127.0.0.1:{port}/v1"
+        assert f"http://127.0.0.1:{port}/health" in one["startupProbe"]["exec"]["command"][2]
+        assert one["restartPolicy"] == "Always"
+        own = {variable["name"]: variable["value"] for variable in one["env"]}
+        places = [v for n, v in own.items() if n.endswith(("DIR", "HOME", "ROOT", "_BASE"))]
+        assert len(places) == 10 and all(f"{place}/".startswith("/tmp/") for place in places)
+        writable = {m["mountPath"] for m in one["volumeMounts"] if not m.get("readOnly")}
+        assert writable == {"/tmp", "/dev/shm"}
 
 
 def test_the_served_job_is_the_plain_one_with_endpoints() -> None:

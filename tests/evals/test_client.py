@@ -15,15 +15,7 @@ from serving import HTML, Asked, Said, as_json, completion, script, serving
 
 from pipeline.errors import RecipeError, UntaxedError
 from pipeline.evals import client as module
-from pipeline.evals.client import (
-    ADDRESS,
-    ALIGNED_ADDRESS,
-    KEY,
-    Client,
-    Failed,
-    Refused,
-    Server,
-)
+from pipeline.evals.client import ADDRESS, KEY, Client, Failed, Refused, Server
 from pipeline.evals.replies import Reply, answer_of
 
 BODY = {"model": "m", "prompt": "Hello"}
@@ -277,15 +269,6 @@ def test_a_good_address() -> None:
     server = Server.here({ADDRESS: " https://host:8443/openai/v1/ ", KEY: f" {SECRET}\n"})
     assert (server.url, server.key) == ("https://host:8443/openai/v1", SECRET)
     assert SECRET not in repr(server)
-
-
-def test_the_aligned_model_may_have_an_address_of_its_own() -> None:
-    one, own = {ADDRESS: "http://host:1/v1"}, {ALIGNED_ADDRESS: "http://host:2/v1"}
-    assert Server.here(one, aligned=True).url == "http://host:1/v1"
-    assert Server.here(one | own, aligned=True).url == "http://host:2/v1"
-    assert Server.here(one | own).url == "http://host:1/v1"
-    with pytest.raises(RecipeError, match=f"^{ALIGNED_ADDRESS}='host:2' is no address"):
-        Server.here(one | {ALIGNED_ADDRESS: "host:2"}, aligned=True)
 
 
 def test_side_by_side_but_not_more_than_allowed() -> None:
