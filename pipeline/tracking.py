@@ -196,7 +196,7 @@ def load_mlflow() -> Callable[..., Any]:
         os.environ.setdefault(name, value)
     import mlflow
 
-    return mlflow.MlflowClient
+    return mlflow.MlflowClient  # type: ignore[no-any-return]
 
 
 def connect(runs: Path) -> Store:

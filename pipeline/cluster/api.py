@@ -38,6 +38,7 @@ KINDS = {
     "Job": ("BatchV1Api", "namespaced_job"),
     "JobSet": ("CustomObjectsApi", "namespaced_custom_object"),
 }
+KUEUE, KUEUE_VERSIONS = "kueue.x-k8s.io", ("v1beta2", "v1beta1")
 JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 
 
@@ -97,6 +98,19 @@ class Cluster:
 
     def jobs(self, labels: dict[str, str]) -> list[Manifest]:
         return self._list(self.apis["BatchV1Api"].list_namespaced_job, labels)
+
+    def workloads(self, job: Manifest) -> list[Manifest] | None:
+        """What Kueue has made of a Job; None where the cluster has no Kueue."""
+        ask = self.apis["CustomObjectsApi"].list_namespaced_custom_object
+        wanted = f"kueue.x-k8s.io/job-uid={job['metadata'].get('uid')}"
+        for version in KUEUE_VERSIONS:
+            place = (KUEUE, version, self.namespace, "workloads")
+            try:
+                return list(self._ask(ask, *place, label_selector=wanted)["items"])
+            except ApiException as error:
+                if error.status != 404:
+                    raise RecipeError(f"workloads of Kueue: {_told(error)}") from error
+        return None
 
     def pods(self, job: str) -> list[Manifest]:
         labels = {"batch.kubernetes.io/job-name": job}

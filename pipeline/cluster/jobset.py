@@ -16,6 +16,7 @@ from pipeline.cluster.objects import (
     JOB_LABEL,
     KEY_DIGITS,
     KEY_LABEL,
+    QUEUE,
     TRACKING,
     Manifest,
     Overlay,
@@ -41,6 +42,7 @@ def jobset_objects(
     keys = [objects[-1]["metadata"]["labels"][KEY_LABEL] for objects in made.values()]
     key = hashlib.sha256("/".join(keys).encode()).hexdigest()[:KEY_DIGITS]
     name = f"{job.name[:JOB_CHARACTERS].rstrip('-')}-{key}"
+    queue = {k: v for k, v in overlay.jobs[stages[0]]["metadata"]["labels"].items() if k == QUEUE}
     replicated = [_replicated(name, stage, objects[-1]) for stage, objects in made.items()]
     for before, after in itertools.pairwise(replicated):
         after["dependsOn"] = [{"name": before["name"], "status": "Complete"}]
@@ -51,9 +53,10 @@ def jobset_objects(
         "metadata": {
             "name": name,
             "namespace": overlay.namespace,
-            "labels": {"app.kubernetes.io/name": "untaxed", JOB_LABEL: job.name},
+            "labels": {"app.kubernetes.io/name": "untaxed", JOB_LABEL: job.name} | queue,
         },
         "spec": {
+            **({"suspend": True} if queue else {}),
             "failurePolicy": {
                 "maxRestarts": RESTARTS,
                 # a bad recipe or bad data stays bad
@@ -82,7 +85,7 @@ def _replicated(name: str, stage: str, job: Manifest) -> Manifest:
         for variable in container.get("env", []):
             if variable["name"] == "PET_MASTER_ADDR":
                 variable["value"] = f"{name}-{stage}-0-0.{name}"
-    labels = dict(job["metadata"]["labels"])
+    labels = {key: value for key, value in job["metadata"]["labels"].items() if key != QUEUE}
     return {
         "name": stage,
         "replicas": 1,

@@ -17,6 +17,7 @@ from pipeline.cluster.objects import (
     JOB_LABEL,
     KEY_LABEL,
     PART,
+    QUEUE,
     TRACKING,
     Manifest,
     Overlay,
@@ -87,7 +88,10 @@ class Launcher:
         name = attempts[attempt]["metadata"]["name"]
         pods = self.cluster.pods(name)
         names = {name, *(pod["metadata"]["name"] for pod in pods)}
-        seen = look(attempts[attempt], pods, self.cluster.events(names))
+        latest = attempts[attempt]
+        queued = latest["spec"].get("suspend") and QUEUE in latest["metadata"]["labels"]
+        workloads = self.cluster.workloads(latest) if queued else None
+        seen = look(latest, pods, self.cluster.events(names), workloads)
         return Sight(stage, name, attempt, seen, pods, self._line(pods))
 
     def _stage(self, stage: str) -> None:

@@ -28,6 +28,7 @@ from pipeline.recipes import Job
 Manifest = dict[str, Any]
 PART = "app.kubernetes.io/component"
 JOB_LABEL, KEY_LABEL, ATTEMPT_LABEL = "untaxed-job", "untaxed-key", "untaxed-attempt"
+QUEUE = "kueue.x-k8s.io/queue-name"
 KEY_DIGITS = 8
 JOB_CHARACTERS = 30  # of 63: stage, key, attempt and the index of a pod follow
 MAX_ATTEMPTS = 99
@@ -169,7 +170,7 @@ def stage_objects(
     made = copy.deepcopy(template)
     made["metadata"] = _named(made["metadata"], name, own)
     spec = made["spec"]
-    spec["suspend"] = False
+    spec["suspend"] = QUEUE in made["metadata"]["labels"]  # a queue lets it go when it has room
     spec["template"]["metadata"]["labels"] = {**spec["template"]["metadata"]["labels"], **own}
     pod = spec["template"]["spec"]
     for volume in pod.get("volumes", []):

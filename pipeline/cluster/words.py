@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pipeline.cluster.objects import QUEUE
 from pipeline.errors import DataError, RecipeError, Stopped
 
 Manifest = dict[str, Any]
@@ -57,6 +58,11 @@ WAITING = {
         "a server beside the stage ends again and again", "see kubectl logs POD -c its name"
     ),
 }
+SUSPENDED = Word("it is suspended", "a queue lets it go when it has room")
+NO_KUEUE = Word(
+    "it is labelled for Kueue, and the cluster has none",
+    "install Kueue, or leave components/kueue out of the overlay",
+)
 STARTING = Word("what it needs in its pod is not up yet", "wait: a server has to load its model")
 EVENTS = {
     "FailedMount": Word("a volume cannot be mounted", "see that the claim is bound and free"),
@@ -84,8 +90,14 @@ LATE = Word(
 ELSE = Word("it failed", "see its last lines")
 
 
-def look(job: Manifest | None, pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
-    """The state of one Job, from what the cluster says of it."""
+def look(
+    job: Manifest | None,
+    pods: Sequence[Manifest],
+    events: Sequence[Manifest],
+    workloads: Sequence[Manifest] | None = None,
+) -> Seen:
+    """The state of one Job, from what the cluster says of it; ``workloads``: what Kueue has made of it,
+    None where there is no Kueue."""
     if job is None:
         return Seen(State.ABSENT)
     for condition in job.get("status", {}).get("conditions") or ():
@@ -95,7 +107,9 @@ def look(job: Manifest | None, pods: Sequence[Manifest], events: Sequence[Manife
             return _failed(condition, pods)
     if any(pod["status"].get("phase") == "Running" for pod in pods):
         return Seen(State.RUNNING)
-    return _waiting(job, pods, events)
+    if job["spec"].get("suspend"):
+        return _suspended(job, workloads)
+    return _waiting(pods, events)
 
 
 def _failed(condition: Manifest, pods: Sequence[Manifest]) -> Seen:
@@ -146,9 +160,30 @@ def _exit(end: Manifest) -> Word:
     return EXITS.get(end["exitCode"], ELSE)
 
 
-def _waiting(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
-    if job["spec"].get("suspend"):
-        return Seen(State.WAITING, "it is suspended", "a queue lets it go when it has room")
+def _suspended(job: Manifest, workloads: Sequence[Manifest] | None) -> Seen:
+    """Why a queue has not let it go yet, in Kueue's own words where it has said some."""
+    queue = job.get("metadata", {}).get("labels", {}).get(QUEUE)
+    if queue is None:
+        return _seen(State.WAITING, SUSPENDED, "")
+    if workloads is None:
+        return _seen(State.WAITING, NO_KUEUE, "")
+    conditions = [c for one in workloads for c in one.get("status", {}).get("conditions") or ()]
+    held = [c for c in conditions if c["type"] == "QuotaReserved" and c["status"] == "False"]
+    if held and held[-1].get("reason") == "Inadmissible":
+        word = Word(
+            f"queue {queue} takes nothing",
+            "have its LocalQueue made in the namespace, or correct its name in the overlay",
+        )
+        return _seen(State.WAITING, word, held[-1].get("message", ""))
+    if held:
+        word = Word(
+            f"queue {queue} has no room for it", "wait, ask for less, or have its quota raised"
+        )
+        return _seen(State.WAITING, word, held[-1].get("message", ""))
+    return _seen(State.WAITING, Word(f"it waits in queue {queue}", "Kueue lets it go"), "")
+
+
+def _waiting(pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
     for pod in pods:
         for condition in pod["status"].get("conditions") or ():
             unplaced = condition["type"] == "PodScheduled" and condition["status"] == "False"

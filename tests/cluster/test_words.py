@@ -42,6 +42,7 @@ def unplaced(message: str) -> dict[str, Any]:
     return pod("Pending", conditions=[condition | {"message": message}])
 
 
+QUEUED = job(suspend=True) | {"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "team"}}}
 BACKOFF = failed("BackoffLimitExceeded", "Job has reached the specified backoff limit")
 POLICY = failed("PodFailurePolicy", "Container stage failed with exit code 78")
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
@@ -52,6 +53,7 @@ CASES = [
     (job({"type": "Complete", "status": "True"}), [], [], State.COMPLETE, "", False),
     (job({"type": "Failed", "status": "False"}), [], [], State.WAITING, "", False),
     (job(suspend=True), [], [], State.WAITING, "it is suspended", False),
+    (QUEUED, [], [], State.WAITING, "it is labelled for Kueue, and the cluster has none", False),
     (job(), [unplaced("0/3 nodes: gpu")], [], State.WAITING, "no node has room for it: 0/3", False),
     (
         job(),
@@ -178,3 +180,29 @@ def test_states_in_plain_words(
     assert seen.why.startswith(why) if why else seen.why == ""
     assert bool(seen.why) == bool(seen.way_out)
     assert "\n" not in seen.why
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "why", "way_out"),
+    [
+        (
+            "Inadmissible",
+            "LocalQueue team doesn't exist",
+            "queue team takes nothing: LocalQueue team doesn't exist",
+            "have its LocalQueue made",
+        ),
+        (
+            "Pending",
+            "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu",
+            "queue team has no room for it: couldn't assign flavors",
+            "wait, ask for less",
+        ),
+        (None, "", "it waits in queue team", "Kueue lets it go"),
+    ],
+)
+def test_what_a_queue_says(reason: str | None, message: str, why: str, way_out: str) -> None:
+    held = {"type": "QuotaReserved", "status": "False", "reason": reason, "message": message}
+    workload = {"status": {"conditions": [held] if reason else []}}
+    seen = look(QUEUED, [], [], [workload])
+    assert (seen.state, seen.again) == (State.WAITING, False)
+    assert seen.why.startswith(why) and seen.way_out.startswith(way_out)
