@@ -53,12 +53,15 @@ def parser() -> argparse.ArgumentParser:
     promote = parsers.add_parser("promote", help="release a model whose gate passed")
     rollback = parsers.add_parser("rollback", help="release again what was released before")
     lineage = parsers.add_parser("lineage", help="whence a registered model comes")
-    for command in (run, plan, doctor_, report):
+    track_ = parsers.add_parser("track", help="send what a tracking server has not heard yet")
+    where_ = parsers.add_parser("where", help="the folder of a sealed stage, or of the base")
+    where_.add_argument("stage", help="base, or the name of a stage")
+    for command in (run, plan, doctor_, report, where_, track_):
         command.add_argument(
             "--job", type=Path, action="append", help="job file; several are compared in one report"
         )
         command.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
-    for command in (run, plan, doctor_, report, verify, promote, rollback, lineage):
+    for command in (run, plan, doctor_, report, where_, track_, verify, promote, rollback, lineage):
         command.add_argument("--runs", type=Path, default=Path("runs"), help="artifacts folder")
     plan.add_argument("--engine", choices=ENGINES, help="default: zero3 on several processes")
     plan.add_argument("--world-size", type=int, default=1, help="processes of the sft stage")
@@ -226,6 +229,40 @@ def _why(planned: Planned) -> str:
     return f"sealed {art.open_artifact(planned.folder).manifest.created_at}"
 
 
+def where(options: argparse.Namespace) -> int:
+    """Print the folder of one stage's sealed artifact, or of the adopted base."""
+    from pipeline.model.base import find_base
+
+    workspace = Workspace(options.runs.resolve())
+    for path, job in _jobs(options):
+        if options.stage == "base":
+            base = find_base(job.base, workspace)
+            folder, state = (base.folder, "sealed") if base else (None, "not adopted yet")
+        elif options.stage in stages_of(job):
+            planned = plan_job(job, workspace, adopt=False)[options.stage]
+            folder, state = planned.folder, planned.state()
+        else:
+            raise RecipeError(
+                f"{options.stage}: {job.name} has no such stage; wanted one of base,"
+                f" {', '.join(stages_of(job))}"
+            )
+        if folder is None or state != "sealed":
+            first = "prep" if options.stage == "base" else options.stage
+            raise DataError(f"{path}: {options.stage}: {state}; run {first} first")
+        print(folder)
+    return 0
+
+
+def track(options: argparse.Namespace) -> int:
+    """Record what waits below ``--runs``, of whatever job."""
+    runs = options.runs.resolve()
+    left = Tracker(_jobs(options)[0][1], runs).send()
+    if left:
+        raise UntaxedError(f"{store_uri(runs)}: {left} events still wait; run this command again")
+    print("tracking: nothing waits")
+    return 0
+
+
 def verify(options: argparse.Namespace) -> int:
     """Re-hash all artifacts below ``--runs``."""
     folders = sorted(path.parent for path in options.runs.glob("*/" + art.MANIFEST))
@@ -295,6 +332,8 @@ COMMANDS = {
     "plan": plan,
     "doctor": doctor,
     "report": report,
+    "where": where,
+    "track": track,
     "verify": verify,
     "promote": promote,
     "rollback": rollback,

@@ -31,6 +31,22 @@ ARTIFACTS = "mlartifacts"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 TIMEOUT_SECONDS = "10"
 UPLOAD_SECONDS = "600"
+NO_NETWORK = "UNTAXED_NO_NETWORK"
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of a SQLite store; None for other stores."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def served(uri: str) -> bool:
+    """Whether a server stands before the store."""
+    return uri.startswith(("http:", "https:"))
+
+
+def cut_off(uri: str) -> bool:
+    """Whether this machine is said to have no network, and the store is on a server."""
+    return bool(os.environ.get(NO_NETWORK)) and served(uri)
 
 
 @contextlib.contextmanager

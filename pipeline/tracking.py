@@ -34,7 +34,16 @@ from pipeline.artifact import Artifact
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned
 from pipeline.recipes import Job
-from pipeline.registry import ARTIFACTS, TIMEOUT, TIMEOUT_SECONDS, Registry, patient
+from pipeline.registry import (
+    ARTIFACTS,
+    TIMEOUT,
+    TIMEOUT_SECONDS,
+    Registry,
+    cut_off,
+    database_of,
+    patient,
+    served,
+)
 from pipeline.spool import (
     Event,
     Metrics,
@@ -80,15 +89,6 @@ def _experiment() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
-def _database(uri: str) -> Path | None:
-    """The file of a SQLite store; None for other stores."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _served(uri: str) -> bool:
-    return uri.startswith(("http:", "https:"))
-
-
 class Tracker:
     """Records what happens to the stages of one job. Nothing here raises but a request to stop."""
 
@@ -115,15 +115,18 @@ class Tracker:
         """A sealed stage is skipped: record it if it is not. Costs no import when it is."""
         self._record(lambda: sealed("seen", self.job, planned, artifact, ()))
 
-    def _record(self, make: Callable[[], Event]) -> None:
+    def send(self) -> int:
+        """Record what waits; returns how many events still do."""
+        self._record(None)
+        return len(self.spool.waiting())
+
+    def _record(self, make: Callable[[], Event] | None) -> None:
         with uninterrupted():
             try:
-                event = make()
-                if event["kind"] != "seen":
-                    self.spool.append(event)
-                elif self._recorded(event):
+                event = make() if make else None
+                if event and event["kind"] == "seen" and self._recorded(event):
                     return
-                elif not self.spool.waits(event):
+                if event and not (event["kind"] == "seen" and self.spool.waits(event)):
                     self.spool.append(event)
                 with self.spool.held():
                     self._drain()
@@ -132,14 +135,14 @@ class Tracker:
 
     def _recorded(self, event: Event) -> bool:
         uri = store_uri(self.runs)
-        database = _database(uri)
+        database = database_of(uri)
         gone = database is not None and not database.exists()
         return not gone and self.spool.mark(f"{uri} {_experiment()}", event).exists()
 
     def _drain(self) -> None:
         """Record all events that wait, in order; stops at the first one that it cannot record."""
         waiting = self.spool.waiting()
-        if not waiting:
+        if not waiting or cut_off(store_uri(self.runs)):
             return
         store = connect(self.runs)
         for path in waiting:
@@ -167,15 +170,13 @@ class Tracker:
             uri = store_uri(self.runs)
             secret = urlsplit(uri).netloc.rpartition("@")[0]
             line = f"tracking: {uri}: {message}"
-            line = line.replace(f"{secret}@", "") if secret else line
-            print(line, file=sys.stderr, flush=True)
+            print(line.replace(f"{secret}@", "") if secret else line, file=sys.stderr, flush=True)
 
 
 def _refused(error: Exception) -> bool:
     """True if the event is at fault and not the store: it would fail for ever."""
-    if isinstance(error, LookupError | TypeError | FileNotFoundError | DataError):
-        return True
-    return getattr(error, "error_code", None) in REFUSALS
+    own = isinstance(error, LookupError | TypeError | FileNotFoundError | DataError)
+    return own or getattr(error, "error_code", None) in REFUSALS
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,7 @@ def load_mlflow() -> Callable[..., Any]:
         os.environ.setdefault(name, value)
     import mlflow
 
-    client: Callable[..., Any] = mlflow.MlflowClient
-    return client
+    return mlflow.MlflowClient  # type: ignore[no-any-return]
 
 
 def connect(runs: Path) -> Store:
@@ -205,13 +205,13 @@ def connect(runs: Path) -> Store:
     make_client = load_mlflow()
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
-    if not _served(uri):
+    if not served(uri):
         import mlflow.store.db.utils
 
         mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # ten take minutes of a training
     store = f"{uri} {_experiment()}"
     registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or uri
-    database = _database(uri)
+    database = database_of(uri)
     # Processes that create the tables of one SQLite file together break each other.
     first = locked(database.with_name(f"{database.name}.lock")) if database else None
     with first or contextlib.nullcontext():
@@ -219,7 +219,7 @@ def connect(runs: Path) -> Store:
             shutil.rmtree(Spool(runs).marks(store), ignore_errors=True)
         client = make_client(tracking_uri=uri)
         experiment = _open_experiment(client, uri, runs)
-    registry = Registry(client, experiment, runs, _served(registry_uri))
+    registry = Registry(client, experiment, runs, served(registry_uri))
     return Store(client, store, experiment, runs, registry)
 
 
@@ -230,7 +230,7 @@ def _open_experiment(client: Any, uri: str, runs: Path) -> str:
     name = _experiment()
     found = client.get_experiment_by_name(name)
     if found is None:
-        place = None if _served(uri) else (runs / ARTIFACTS).as_uri()
+        place = None if served(uri) else (runs / ARTIFACTS).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=place))
         except MlflowException:

@@ -17,6 +17,7 @@ from parts import ROOT
 from tracked import FILES, GATE, Play, Records, free_port
 
 from pipeline import artifact as art
+from pipeline import cli
 from pipeline.errors import Stopped
 from pipeline.graph import stages_of
 from pipeline.spool import flatten, short, uninterrupted
@@ -30,6 +31,43 @@ def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
     shutil.copyfile(empty_database, made.folder / "server.db")
     yield made
     made.stop()
+
+
+def test_without_a_network_events_wait_for_a_process_that_has_one(
+    play: Callable[..., Play],
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a cluster, where stages that may run generated code reach no server."""
+    job = play()
+    words = ["track", "--job", str(ROOT / "jobs/quickstart.yaml"), "--runs", str(job.runs)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.setenv("UNTAXED_NO_NETWORK", "1")
+    monkeypatch.setattr("pipeline.tracking.connect", lambda runs: 1 / 0)
+    job.through("prep")
+    assert len(job.waiting()) == 2 and capsys.readouterr().err == ""
+    assert cli.main(words) == 1
+    assert "2 events still wait; run this command again" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    server.start()
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == "tracking: nothing waits\n"
+    assert job.waiting() == []
+    assert Records(job.runs).stage("prep").info.status == "FINISHED"
+
+
+def test_a_store_of_its_own_needs_no_network(
+    play: Callable[..., Play], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = play()
+    monkeypatch.setenv("UNTAXED_NO_NETWORK", "1")
+    job.through("prep")
+    assert job.waiting() == []
+    assert Records(job.runs).stage("prep").info.status == "FINISHED"
 
 
 def test_what_a_server_misses_is_replayed_in_order(

@@ -38,6 +38,7 @@ KINDS = {
     "Job": ("BatchV1Api", "namespaced_job"),
     "JobSet": ("CustomObjectsApi", "namespaced_custom_object"),
 }
+KUEUE, KUEUE_VERSIONS = "kueue.x-k8s.io", ("v1beta2", "v1beta1")
 JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 
 
@@ -85,8 +86,31 @@ class Cluster:
             raise RecipeError(f"{kind} {name}: {_told(error)}") from error
         return True
 
+    def has_config_map(self, name: str) -> bool:
+        ask = self.apis["CoreV1Api"].read_namespaced_config_map
+        try:
+            self._ask(ask, name, self.namespace)
+        except ApiException as error:
+            if error.status == 404:
+                return False
+            raise RecipeError(f"ConfigMap {name}: {_told(error)}") from error
+        return True
+
     def jobs(self, labels: dict[str, str]) -> list[Manifest]:
         return self._list(self.apis["BatchV1Api"].list_namespaced_job, labels)
+
+    def workloads(self, job: Manifest) -> list[Manifest] | None:
+        """What Kueue has made of a Job; None where the cluster has no Kueue."""
+        ask = self.apis["CustomObjectsApi"].list_namespaced_custom_object
+        wanted = f"kueue.x-k8s.io/job-uid={job['metadata'].get('uid')}"
+        for version in KUEUE_VERSIONS:
+            place = (KUEUE, version, self.namespace, "workloads")
+            try:
+                return list(self._ask(ask, *place, label_selector=wanted)["items"])
+            except ApiException as error:
+                if error.status != 404:
+                    raise RecipeError(f"workloads of Kueue: {_told(error)}") from error
+        return None
 
     def pods(self, job: str) -> list[Manifest]:
         labels = {"batch.kubernetes.io/job-name": job}

@@ -11,13 +11,17 @@ import itertools
 from collections.abc import Sequence
 
 from pipeline.cluster.objects import (
+    CLOSED,
     JOB_CHARACTERS,
     JOB_LABEL,
     KEY_DIGITS,
     KEY_LABEL,
+    QUEUE,
+    TRACKING,
     Manifest,
     Overlay,
     stage_objects,
+    tracking_objects,
 )
 from pipeline.recipes import Job
 
@@ -30,9 +34,15 @@ def jobset_objects(
 ) -> tuple[Manifest, ...]:
     """The ConfigMap with the job file, and the JobSet of ``stages`` in their order."""
     made = {stage: stage_objects(overlay, job, text, stage) for stage in stages}
+    closed = [stage for stage in stages if stage in CLOSED]
+    served = [one for one in overlay.standing if one["metadata"]["name"] == TRACKING]
+    if closed and served:
+        key = made[closed[-1]][-1]["metadata"]["labels"][KEY_LABEL]
+        made["track"] = tracking_objects(overlay, job, text, key, 1)
     keys = [objects[-1]["metadata"]["labels"][KEY_LABEL] for objects in made.values()]
     key = hashlib.sha256("/".join(keys).encode()).hexdigest()[:KEY_DIGITS]
     name = f"{job.name[:JOB_CHARACTERS].rstrip('-')}-{key}"
+    queue = {k: v for k, v in overlay.jobs[stages[0]]["metadata"]["labels"].items() if k == QUEUE}
     replicated = [_replicated(name, stage, objects[-1]) for stage, objects in made.items()]
     for before, after in itertools.pairwise(replicated):
         after["dependsOn"] = [{"name": before["name"], "status": "Complete"}]
@@ -43,9 +53,10 @@ def jobset_objects(
         "metadata": {
             "name": name,
             "namespace": overlay.namespace,
-            "labels": {"app.kubernetes.io/name": "untaxed", JOB_LABEL: job.name},
+            "labels": {"app.kubernetes.io/name": "untaxed", JOB_LABEL: job.name} | queue,
         },
         "spec": {
+            **({"suspend": True} if queue else {}),
             "failurePolicy": {
                 "maxRestarts": RESTARTS,
                 # a bad recipe or bad data stays bad
@@ -74,7 +85,7 @@ def _replicated(name: str, stage: str, job: Manifest) -> Manifest:
         for variable in container.get("env", []):
             if variable["name"] == "PET_MASTER_ADDR":
                 variable["value"] = f"{name}-{stage}-0-0.{name}"
-    labels = dict(job["metadata"]["labels"])
+    labels = {key: value for key, value in job["metadata"]["labels"].items() if key != QUEUE}
     return {
         "name": stage,
         "replicas": 1,

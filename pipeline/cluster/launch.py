@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING
 
 from pipeline.cluster.objects import (
     ATTEMPT_LABEL,
+    CLOSED,
     JOB_LABEL,
     KEY_LABEL,
     PART,
+    QUEUE,
+    TRACKING,
     Manifest,
     Overlay,
     key_of,
     stage_objects,
+    tracking_objects,
 )
 from pipeline.cluster.words import Seen, State, look
 from pipeline.errors import DataError, UntaxedError
@@ -63,6 +67,7 @@ class Launcher:
         self.make(self.overlay.standing)
         for stage in stages:
             self._stage(stage)
+        self._track(stages)
 
     def make(self, objects: Sequence[Manifest]) -> None:
         """Those that are not there yet."""
@@ -83,7 +88,10 @@ class Launcher:
         name = attempts[attempt]["metadata"]["name"]
         pods = self.cluster.pods(name)
         names = {name, *(pod["metadata"]["name"] for pod in pods)}
-        seen = look(attempts[attempt], pods, self.cluster.events(names))
+        latest = attempts[attempt]
+        queued = latest["spec"].get("suspend") and QUEUE in latest["metadata"]["labels"]
+        workloads = self.cluster.workloads(latest) if queued else None
+        seen = look(latest, pods, self.cluster.events(names), workloads)
         return Sight(stage, name, attempt, seen, pods, self._line(pods))
 
     def _stage(self, stage: str) -> None:
@@ -126,6 +134,20 @@ class Launcher:
     def _submit(self, stage: str, attempt: int) -> None:
         for manifest in stage_objects(self.overlay, self.job, self.text, stage, attempt):
             self.cluster.create(manifest)
+
+    def _track(self, stages: Sequence[str]) -> None:
+        """Have the tracking server told of what ran without network. Nobody waits for that: it is tried
+        again by the Job, and by the next stage that reaches the server."""
+        closed = [stage for stage in stages if stage in CLOSED]
+        if not closed or not self.cluster.has_config_map(TRACKING):
+            return
+        key = key_of(self.job, closed[-1], self.overlay.jobs[closed[-1]])
+        attempt = self.sight(closed[-1]).attempt
+        objects = tracking_objects(self.overlay, self.job, self.text, key, max(1, attempt))
+        if [self.cluster.create(manifest) for manifest in objects][-1]:
+            self.say(
+                f"tracking: Job {objects[-1]['metadata']['name']} tells of {', '.join(closed)}"
+            )
 
     def _check_sealed(self, sight: Sight) -> None:
         """A stage that ends well says what it sealed; pods that are gone said it to another launcher."""

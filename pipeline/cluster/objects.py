@@ -28,9 +28,12 @@ from pipeline.recipes import Job
 Manifest = dict[str, Any]
 PART = "app.kubernetes.io/component"
 JOB_LABEL, KEY_LABEL, ATTEMPT_LABEL = "untaxed-job", "untaxed-key", "untaxed-attempt"
+QUEUE = "kueue.x-k8s.io/queue-name"
 KEY_DIGITS = 8
 JOB_CHARACTERS = 30  # of 63: stage, key, attempt and the index of a pod follow
 MAX_ATTEMPTS = 99
+CLOSED = ("choose", "baseline", "eval")  # stages without network, for they may run generated code
+TRACKING = "untaxed-tracking"  # the ConfigMap that says where a tracking server is
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def stage_objects(
     made = copy.deepcopy(template)
     made["metadata"] = _named(made["metadata"], name, own)
     spec = made["spec"]
-    spec["suspend"] = False
+    spec["suspend"] = QUEUE in made["metadata"]["labels"]  # a queue lets it go when it has room
     spec["template"]["metadata"]["labels"] = {**spec["template"]["metadata"]["labels"], **own}
     pod = spec["template"]["spec"]
     for volume in pod.get("volumes", []):
@@ -185,6 +188,22 @@ def stage_objects(
                 if variable["name"] == "PET_MASTER_ADDR":
                     variable["value"] = f"{name}-0.{name}"
     return (*objects, made)
+
+
+def tracking_objects(
+    overlay: Overlay, job: Job, text: str, key: str, attempt: int
+) -> tuple[Manifest, ...]:
+    """What tells the tracking server of stages without network: a Job as that of pack, which has some.
+
+    ``key`` and ``attempt``: of the last stage that it tells of.
+    """
+    carried, made = stage_objects(overlay, job, text, "pack")
+    own = {PART: "track", KEY_LABEL: key, ATTEMPT_LABEL: str(attempt)}
+    made["metadata"] = _named(made["metadata"], name_of(job, "track", key, attempt), own)
+    made["spec"]["template"]["metadata"]["labels"] |= own
+    (container,) = made["spec"]["template"]["spec"]["containers"]
+    container["args"] = ["untaxed", "track", "--job", "/job/job.yaml", "--runs", "/runs"]
+    return carried, made
 
 
 def _named(metadata: Manifest, name: str, labels: Mapping[str, str]) -> Manifest:

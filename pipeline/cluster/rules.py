@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
+from pipeline.cluster.network import code_is_alone
+from pipeline.cluster.servers import models_served, servers_beside
+
 Manifest = dict[str, Any]
 Objects = Sequence[Manifest]
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -36,7 +39,6 @@ PULLS = {"Always", "IfNotPresent", "Never", None}
 SOURCES = {"configMap", "secret", "persistentVolumeClaim", "emptyDir", "projected", "downwardAPI"}
 SOURCES |= {"ephemeral", "csi"}
 INDEX_CHARACTERS = 5  # "-1023" behind the name of a Job in the names of its pods
-GPU = "nvidia.com/gpu"
 
 
 def mistakes(objects: Objects) -> list[str]:
@@ -321,4 +323,7 @@ RULES: tuple[Rule, ...] = (
     _security,
     _images,
     _training,
+    servers_beside,
+    models_served,
+    code_is_alone,
 )

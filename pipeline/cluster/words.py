@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pipeline.cluster.objects import QUEUE
 from pipeline.errors import DataError, RecipeError, Stopped
 
 Manifest = dict[str, Any]
@@ -54,7 +55,16 @@ WAITING = {
     ),
     "CreateContainerError": Word("the container cannot be made", "see kubectl describe pod"),
     "RunContainerError": Word("the container cannot be started", "see kubectl describe pod"),
+    "CrashLoopBackOff": Word(
+        "a server beside the stage ends again and again", "see kubectl logs POD -c its name"
+    ),
 }
+SUSPENDED = Word("it is suspended", "a queue lets it go when it has room")
+NO_KUEUE = Word(
+    "it is labelled for Kueue, and the cluster has none",
+    "install Kueue, or leave components/kueue out of the overlay",
+)
+STARTING = Word("what it needs in its pod is not up yet", "wait: a server has to load its model")
 EVENTS = {
     "FailedMount": Word("a volume cannot be mounted", "see that the claim is bound and free"),
     "FailedAttachVolume": Word(
@@ -81,8 +91,14 @@ LATE = Word(
 ELSE = Word("it failed", "see its last lines")
 
 
-def look(job: Manifest | None, pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
-    """The state of one Job, from what the cluster says of it."""
+def look(
+    job: Manifest | None,
+    pods: Sequence[Manifest],
+    events: Sequence[Manifest],
+    workloads: Sequence[Manifest] | None = None,
+) -> Seen:
+    """The state of one Job, from what the cluster says of it; ``workloads``: what Kueue has made of it,
+    None where there is no Kueue."""
     if job is None:
         return Seen(State.ABSENT)
     for condition in job.get("status", {}).get("conditions") or ():
@@ -92,7 +108,9 @@ def look(job: Manifest | None, pods: Sequence[Manifest], events: Sequence[Manife
             return _failed(condition, pods)
     if any(pod["status"].get("phase") == "Running" for pod in pods):
         return Seen(State.RUNNING)
-    return _waiting(job, pods, events)
+    if job["spec"].get("suspend"):
+        return _suspended(job, workloads)
+    return _waiting(pods, events)
 
 
 def _failed(condition: Manifest, pods: Sequence[Manifest]) -> Seen:
@@ -113,7 +131,7 @@ def _ended(pods: Sequence[Manifest]) -> Iterator[tuple[str, Word, str]]:
         disrupted = next((c for c in conditions if c["type"] == "DisruptionTarget"), None)
         terminated = [
             state["state"]["terminated"]
-            for state in status.get("containerStatuses") or ()
+            for state in _containers(pod)
             if state.get("state", {}).get("terminated")
         ]
         when = min((t.get("finishedAt") or "" for t in terminated), default="")
@@ -126,6 +144,15 @@ def _ended(pods: Sequence[Manifest]) -> Iterator[tuple[str, Word, str]]:
                 yield when, _exit(end), " ".join(str(end.get("message") or "").split())
 
 
+def _containers(pod: Manifest) -> list[Manifest]:
+    """What is told of each: the stage first, whose end is the pod's, then what starts before it."""
+    status = pod["status"]
+    return [
+        *(status.get("containerStatuses") or ()),
+        *(status.get("initContainerStatuses") or ()),
+    ]
+
+
 def _exit(end: Manifest) -> Word:
     if end.get("reason") == "OOMKilled" or str(end.get("message") or "").startswith(NO_MEMORY):
         return OUT_OF_MEMORY
@@ -134,19 +161,43 @@ def _exit(end: Manifest) -> Word:
     return EXITS.get(end["exitCode"], ELSE)
 
 
-def _waiting(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
-    if job["spec"].get("suspend"):
-        return Seen(State.WAITING, "it is suspended", "a queue lets it go when it has room")
+def _suspended(job: Manifest, workloads: Sequence[Manifest] | None) -> Seen:
+    """Why a queue has not let it go yet, in Kueue's own words where it has said some."""
+    queue = job.get("metadata", {}).get("labels", {}).get(QUEUE)
+    if queue is None:
+        return _seen(State.WAITING, SUSPENDED, "")
+    if workloads is None:
+        return _seen(State.WAITING, NO_KUEUE, "")
+    conditions = [c for one in workloads for c in one.get("status", {}).get("conditions") or ()]
+    held = [c for c in conditions if c["type"] == "QuotaReserved" and c["status"] == "False"]
+    if held and held[-1].get("reason") == "Inadmissible":
+        word = Word(
+            f"queue {queue} takes nothing",
+            "have its LocalQueue made in the namespace, or correct its name in the overlay",
+        )
+        return _seen(State.WAITING, word, held[-1].get("message", ""))
+    if held:
+        word = Word(
+            f"queue {queue} has no room for it", "wait, ask for less, or have its quota raised"
+        )
+        return _seen(State.WAITING, word, held[-1].get("message", ""))
+    return _seen(State.WAITING, Word(f"it waits in queue {queue}", "Kueue lets it go"), "")
+
+
+def _waiting(pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
     for pod in pods:
         for condition in pod["status"].get("conditions") or ():
             unplaced = condition["type"] == "PodScheduled" and condition["status"] == "False"
             if unplaced:
                 word = Word("no node has room for it", "free one, or ask for less in the overlay")
                 return _seen(State.WAITING, word, condition.get("message", ""))
-        for container in pod["status"].get("containerStatuses") or ():
+        for container in _containers(pod):
             waiting = container.get("state", {}).get("waiting") or {}
             if waiting.get("reason") in WAITING:
                 return _seen(State.WAITING, WAITING[waiting["reason"]], waiting.get("message", ""))
+        for container in pod["status"].get("initContainerStatuses") or ():
+            if "running" in container.get("state", {}) and not container.get("started"):
+                return _seen(State.WAITING, STARTING, container["name"])
     for event in reversed(events):
         if event.get("reason") in EVENTS:
             return _seen(State.WAITING, EVENTS[event["reason"]], event.get("message", ""))

@@ -41,9 +41,10 @@ PLURALS = {
     "pods": "Pod",
     "jobs": "Job",
     "jobsets": "JobSet",
+    "workloads": "Workload",
 }
 PATH = re.compile(
-    r"/(?:api/v1|apis/[-a-z.0-9]+/v1(?:alpha2)?)(?:/namespaces/(?P<space>[^/]+))?/(?P<plural>[a-z]+)"
+    r"/(?:api/v1|apis/[-a-z.0-9]+/v1(?:alpha2|beta1)?)(?:/namespaces/(?P<space>[^/]+))?/(?P<plural>[a-z]+)"
     r"(?:/(?P<name>[^/]+))?(?P<log>/log)?"
 )
 COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"

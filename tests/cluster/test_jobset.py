@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ OVERLAYS = {
     "h100": "r1-qwen-14b",
     "a100-80g": "r1-qwen-14b",
     "h100-multinode": "r1-qwen-32b",
+    "h100-vllm": "r1-qwen-14b-served",
 }
 GOLDEN = ROOT / "k8s" / "overlays" / "jobset" / "jobset.yaml"
 
@@ -86,6 +88,19 @@ def test_the_overlay_that_ships_is_what_launch_makes() -> None:
     assert found == [carried, whole], (
         "write it anew: PYTHONPATH=.:tests python tests/cluster/test_jobset.py"
     )
+
+
+def test_the_last_job_tells_a_tracking_server_that_the_overlay_knows() -> None:
+    _, _, overlay = made("local")
+    address = {"kind": "ConfigMap", "metadata": {"name": "untaxed-tracking"}}
+    known = replace(overlay, standing=(*overlay.standing, address))
+    file = ROOT / "jobs" / "quickstart.yaml"
+    job = load_job(file)
+    _, whole = jobset_objects(known, job, file.read_text(encoding="utf-8"), stages_of(job))
+    last = whole["spec"]["replicatedJobs"][-1]
+    assert (last["name"], last["dependsOn"]) == ("track", [{"name": "eval", "status": "Complete"}])
+    (container,) = last["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["args"][:2] == ["untaxed", "track"]
 
 
 def test_launch_makes_it_once_and_goes(

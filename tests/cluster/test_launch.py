@@ -78,6 +78,26 @@ def test_all_stages_run_in_their_order(start: Start, capsys: pytest.CaptureFixtu
     ]
 
 
+def test_a_tracking_server_is_told_of_stages_without_network(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = start()
+    where = {"name": "untaxed-tracking", "namespace": "untaxed"}
+    address = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": where,
+        "data": {"uri": "http://m"},
+    }
+    cluster.create("ConfigMap", address)
+    for told in (1, 0):
+        assert untaxed("launch") == 0
+        assert capsys.readouterr().err.count(" tells of baseline, eval") == told
+    (job,) = [one for one in cluster.every("Job") if "-track-" in one["metadata"]["name"]]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"][:2] == ["untaxed", "track"] and job["spec"]["suspend"] is False
+
+
 def test_a_second_launch_makes_nothing(start: Start) -> None:
     cluster = start()
     assert untaxed("launch") == 0

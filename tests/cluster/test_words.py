@@ -32,11 +32,17 @@ def waits(reason: str, message: str = "") -> dict[str, Any]:
     return {"waiting": {"reason": reason, "message": message}}
 
 
+def first(state: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Of what starts before the stage."""
+    return {"initContainerStatuses": [{"name": "serve-base", "state": state} | more]}
+
+
 def unplaced(message: str) -> dict[str, Any]:
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
     return pod("Pending", conditions=[condition | {"message": message}])
 
 
+QUEUED = job(suspend=True) | {"metadata": {"labels": {"kueue.x-k8s.io/queue-name": "team"}}}
 BACKOFF = failed("BackoffLimitExceeded", "Job has reached the specified backoff limit")
 POLICY = failed("PodFailurePolicy", "Container stage failed with exit code 78")
 DISRUPTED = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
@@ -47,6 +53,7 @@ CASES = [
     (job({"type": "Complete", "status": "True"}), [], [], State.COMPLETE, "", False),
     (job({"type": "Failed", "status": "False"}), [], [], State.WAITING, "", False),
     (job(suspend=True), [], [], State.WAITING, "it is suspended", False),
+    (QUEUED, [], [], State.WAITING, "it is labelled for Kueue, and the cluster has none", False),
     (job(), [unplaced("0/3 nodes: gpu")], [], State.WAITING, "no node has room for it: 0/3", False),
     (
         job(),
@@ -78,6 +85,52 @@ CASES = [
         [{"reason": "FailedMount", "message": 'claim "runs" not found'}],
         State.WAITING,
         "a volume cannot be mounted: claim",
+        False,
+    ),
+    (
+        job(),
+        [
+            pod(
+                "Pending",
+                waits("PodInitializing"),
+                **first(waits("CrashLoopBackOff", "back-off 5m")),
+            )
+        ],
+        [],
+        State.WAITING,
+        "a server beside the stage ends again and again: back-off 5m",
+        False,
+    ),
+    (
+        job(),
+        [pod("Pending", waits("PodInitializing"), **first({"running": {}}, started=False))],
+        [],
+        State.WAITING,
+        "what it needs in its pod is not up yet: serve-base",
+        False,
+    ),
+    (
+        job(),
+        [pod("Pending", waits("PodInitializing"), **first({"running": {}}, started=True))],
+        [],
+        State.WAITING,
+        "",
+        False,
+    ),
+    (
+        POLICY,
+        [pod("Failed", waits("PodInitializing"), **first(ended(65, message="merge: to run")))],
+        [],
+        State.FAILED,
+        "data or an artifact is bad: merge: to run",
+        False,
+    ),
+    (
+        BACKOFF,
+        [pod("Failed", ended(78), **first(ended(143)))],
+        [],
+        State.FAILED,
+        "the recipe is bad",
         False,
     ),
     (POLICY, [pod("Failed", ended(78))], [], State.FAILED, "the recipe is bad", False),
@@ -135,3 +188,29 @@ def test_states_in_plain_words(
     assert seen.why.startswith(why) if why else seen.why == ""
     assert bool(seen.why) == bool(seen.way_out)
     assert "\n" not in seen.why
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "why", "way_out"),
+    [
+        (
+            "Inadmissible",
+            "LocalQueue team doesn't exist",
+            "queue team takes nothing: LocalQueue team doesn't exist",
+            "have its LocalQueue made",
+        ),
+        (
+            "Pending",
+            "couldn't assign flavors to pod set main: insufficient unused quota for nvidia.com/gpu",
+            "queue team has no room for it: couldn't assign flavors",
+            "wait, ask for less",
+        ),
+        (None, "", "it waits in queue team", "Kueue lets it go"),
+    ],
+)
+def test_what_a_queue_says(reason: str | None, message: str, why: str, way_out: str) -> None:
+    held = {"type": "QuotaReserved", "status": "False", "reason": reason, "message": message}
+    workload = {"status": {"conditions": [held] if reason else []}}
+    seen = look(QUEUED, [], [], [workload])
+    assert (seen.state, seen.again) == (State.WAITING, False)
+    assert seen.why.startswith(why) and seen.way_out.startswith(way_out)

@@ -20,6 +20,7 @@ from serving import Answer, Asked, RealModels, Said, serving
 from pipeline import anchor, baseline, eval
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, RecipeError, UntaxedError
+from pipeline.evals.client import ALIGNED_ADDRESS
 from pipeline.evals.score import measure, read_lines, tally
 from pipeline.graph import AnchorStep, BaselineStep, EvalStep
 from pipeline.recipes import (
@@ -319,6 +320,19 @@ def test_an_evaluation_of_a_server(
     for path in written:
         content = path.read_bytes()
         assert SECRET.encode() not in content and site.url.encode() not in content, path
+
+
+def test_each_model_on_a_server_of_its_own(
+    tmp_path: Path, inputs: dict[str, Artifact], real: RealModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a pod with two servers: neither knows the other's model."""
+
+    with serving(real) as after, serving(real) as before:
+        monkeypatch.setenv(ALIGNED_ADDRESS, after.url)
+        _, facts = evaluated(tmp_path, inputs, "aligned")
+    assert facts["generation"]["served"]["id"] == "aligned"
+    for site, name in ((before, "base"), (after, "aligned")):
+        assert {body["model"] for body in site.posted()} == {name}
 
 
 def test_the_base_in_place_of_the_merged_model_is_not_scored(
