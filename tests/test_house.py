@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "warm": {"tracking"},
     "summary": PARTS | SHELL | {"evals"},
     "doctor": PARTS | MADE_OF | SHELL | {"launching"},
-    "cluster": PARTS | SHELL,
+    "cluster": PARTS | SHELL | {"origin"},
     "cli": PARTS
     | SHELL
     | {
