@@ -5,9 +5,10 @@ python benchmarks/tracking.py [--json FILE] [--rounds 3]
 A tiny training by the real sft stage, in a process of its own, with the server down from before its
 start until after its end: at its address nobody listens (closed), or something accepts and never
 answers (silent). Counted is all time inside calls of tracking on the thread that trains, with the wait
-for the recorder at the end. Then a real MLflow server starts there, the same command is run again, which
-replays the spool, and the server must hold what it holds of the same training with the server up (whose
-digest and speed are its own). The worst of all rounds is kept.
+for the recorder at the end; and how much of it this thread waited for a processor that others had.
+Then a real MLflow server starts there, the same command is run again, which replays the spool, and the
+server must hold what it holds of the same training with the server up (whose digest and speed are its
+own). The worst of all rounds is kept.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def cell(result: Path, arguments: list[str]) -> None:
         call: Callable[..., Any] = getattr(owner, name)
 
         def timed(*given: Any) -> Any:
-            began = time.perf_counter()
+            began, before = time.perf_counter(), queued()
             try:
                 return call(*given)
             finally:
                 spent[name] = spent.get(name, 0.0) + time.perf_counter() - began
+                spent["queued"] = spent.get("queued", 0.0) + queued() - before
 
         setattr(owner, name, timed)
 
@@ -61,6 +63,11 @@ def cell(result: Path, arguments: list[str]) -> None:
     code = sft.start()
     result.write_text(json.dumps(spent))
     sft.leave(code)
+
+
+def queued() -> float:
+    """Seconds that this thread has waited for a processor that others had."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 def train(place: Path, uri: str) -> dict[str, float]:
@@ -127,10 +134,11 @@ def measure(folder: Path, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
             left = len(list((runs / ".mlflow-spool").glob("*.json")))
             server.stop()
             control = found if control is None else control
+            waited = spent.pop("queued")
             total = sum(spent.values())
             yield (
                 case,
-                {"seconds": spent, "total": total, "spooled": waits}
+                {"seconds": spent, "total": total, "queued": waited, "spooled": waits}
                 | {"left": left, "alike": found == control, "held": counts(found)},
             )
             shutil.rmtree(runs)
@@ -163,13 +171,15 @@ def main() -> None:
         for case, one in measure(Path(folder), given.rounds):
             data["cells"].setdefault(case, {"runs": []})["runs"].append(one)
             print(
-                f"{case}: {one['total']:.3f} s inside tracking ({one['spooled']} events in the spool);"
+                f"{case}: {one['total']:.3f} s inside tracking, {one['queued']:.3f} s of them waiting for a"
+                f" processor ({one['spooled']} events in the spool);"
                 f" afterwards {one['left']} left, the server holds"
                 f" {'the same as' if one['alike'] else 'NOT WHAT'} the control run has: {one['held']}",
                 flush=True,
             )
     for cell_ in data["cells"].values():
         cell_["worst_seconds"] = max(one["total"] for one in cell_["runs"])
+        cell_["worst_seconds_without_queue"] = max(o["total"] - o["queued"] for o in cell_["runs"])
     if given.json:
         given.json.write_text(json.dumps(data, indent=1) + "\n")
     if not all(one["alike"] for cell_ in data["cells"].values() for one in cell_["runs"]):

@@ -25,8 +25,8 @@ ANSWERS, AWAY, RECORDED = "answers", "away", "recorded"
 class Recorder:
     """The process as the stage sees it. It is started by the first event."""
 
-    def __init__(self, runs: Path) -> None:
-        self.runs = runs
+    def __init__(self, runs: Path, retry: float = RETRY_SECONDS) -> None:
+        self.runs, self.retry = runs, retry
         self.process: subprocess.Popen[bytes] | None = None
         self.began = 0.0
         self.heard = b""
@@ -37,7 +37,7 @@ class Recorder:
             path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
             self.began = time.monotonic()
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.recorder", str(self.runs)],
+                [sys.executable, "-m", "pipeline.recorder", str(self.runs), str(self.retry)],
                 env=os.environ | {"PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -49,19 +49,20 @@ class Recorder:
     def close(self) -> None:
         """No more comes. Waits for a store that answers, and not for one that does not: what it
         misses stays in the spool."""
-        if self.process is None:
+        process = self.process
+        if process is None:
             return
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
         try:
-            self.process.stdin.close()
+            process.stdin.close()
             ended = time.monotonic()
             while (seconds := self._patience(ended)) > 0:
                 if self._listen(seconds) == b"":
                     break
         finally:
-            self.process.kill()
-            self.process.wait()
-            self.process.stdout.close()
+            process.kill()
+            process.wait()
+            process.stdout.close()
             self.process = None
 
     def _patience(self, ended: float) -> float:
@@ -85,7 +86,7 @@ class Recorder:
         return said
 
 
-def main(runs: Path) -> int:
+def main(runs: Path, retry: float) -> int:
     """Record what waits, at each line of standard input and until it ends."""
     from pipeline.tracking import Replay
 
@@ -96,7 +97,7 @@ def main(runs: Path) -> int:
     while True:
         away = not replay.now()
         _say(AWAY if away else RECORDED)
-        if select.select([0], [], [], RETRY_SECONDS if away else None)[0] and not os.read(0, 4096):
+        if select.select([0], [], [], retry if away else None)[0] and not os.read(0, 4096):
             return 0
 
 
@@ -105,4 +106,4 @@ def _say(word: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), float(sys.argv[2])))

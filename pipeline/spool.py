@@ -155,8 +155,10 @@ def still_sealed(folder: Path, digest: str) -> Artifact | None:
 
 def shown(event: Event, runs: Path) -> Iterator[tuple[str, Path]]:
     """Of a stage that is still sealed, the manifest and the small files that people look at."""
-    found = event["digest"] and still_sealed(runs / event["folder"], event["digest"])
-    for name in (art.MANIFEST, *found.manifest.files) if found else ():
+    found = still_sealed(runs / event["folder"], event["digest"]) if event["digest"] else None
+    if found is None:
+        return
+    for name in (art.MANIFEST, *found.manifest.files):
         wanted = (art.MANIFEST, *FILES.get(event["stage"], ()))
         if any(fnmatch.fnmatch(name, pattern) for pattern in wanted):
             yield name, found.folder / name

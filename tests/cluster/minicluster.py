@@ -321,30 +321,21 @@ def running(
         while not stopping.wait(pause):
             cluster.control()
 
-    threads = [
-        threading.Thread(target=server.serve_forever, args=(0.01,)),
-        threading.Thread(target=control),
-    ]
+    work = (lambda: server.serve_forever(0.01), control)
+    threads = [threading.Thread(target=one) for one in work]
     for thread in threads:
         thread.start()
     config = folder / "kubeconfig"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "current-context": "mini",
-                "clusters": [
-                    {
-                        "name": "mini",
-                        "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"},
-                    }
-                ],
-                "users": [{"name": "mini", "user": {}}],
-                "contexts": [{"name": "mini", "context": {"cluster": "mini", "user": "mini"}}],
-            }
-        )
-    )
+    place = {"server": f"http://127.0.0.1:{server.server_address[1]}"}
+    tree = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "mini",
+        "clusters": [{"name": "mini", "cluster": place}],
+        "users": [{"name": "mini", "user": {}}],
+        "contexts": [{"name": "mini", "context": {"cluster": "mini", "user": "mini"}}],
+    }
+    config.write_text(yaml.safe_dump(tree))
     try:
         yield config
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from cluster.launched import JOB, LOCAL, STAGES, Start, beside, stages_started, untaxed
 from cluster.minicluster import status
+from parts import ROOT
 
 from pipeline import cli
 
@@ -173,3 +175,10 @@ def test_an_overlay_with_a_mistake_makes_nothing(
     said = capsys.readouterr().err
     assert "parallelism=2 and completions=1: ranks wait for one another" in said
     assert not [target for method, target in cluster.asked if method == "POST"]
+
+
+def test_no_part_of_the_launcher_reads_the_wall_clock() -> None:
+    for path in sorted((ROOT / "pipeline" / "cluster").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            assert name not in {"time.time", "time.time_ns", "datetime.now"}, path.name
