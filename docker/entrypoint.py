@@ -23,6 +23,7 @@ from pathlib import Path
 
 FAILED, USAGE, NOT_FOUND, BAD_RECIPE, KILLED, STOPPED = 1, 64, 127, 78, 137, 143
 STATUS_FILE, SEALED_FILE = "UNTAXED_STATUS_FILE", "UNTAXED_SEALED_FILE"
+REVISION, LAUNCHED = "UNTAXED_REVISION", "UNTAXED_LAUNCHED_REVISION"
 GRACE = "UNTAXED_GRACE_SECONDS"
 GRACE_SECONDS = 240.0
 LAST_WORDS = Path("/dev/termination-log")
@@ -46,6 +47,8 @@ def main(command: list[str]) -> int:
         return USAGE
     try:
         if any(word.startswith("pipeline/") for word in command):
+            if other_code(os.environ):
+                print(f"entrypoint: {other_code(os.environ)}", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 return Stage(with_nodes(command, os.environ, Path(folder)), Path(folder)).run()
         os.execvp(command[0], command)
@@ -55,6 +58,19 @@ def main(command: list[str]) -> int:
     except OSError as error:
         print(f"entrypoint: {command[0]}: {error.strerror}", file=sys.stderr)
         return NOT_FOUND
+
+
+def other_code(said: Mapping[str, str]) -> str:
+    """What there is to say where this image holds other code than was launched."""
+    launched = said.get(LAUNCHED, "").removesuffix("-dirty")
+    here = said.get(REVISION, "unknown").removesuffix("-dirty")
+    if not launched or here == launched:
+        return ""
+    image = "an image of unknown revision" if here == "unknown" else f"an image of {here[:12]}"
+    return (
+        f"other code: {image} runs, launched from {launched[:12]}; build and push the image, or launch"
+        " from the checkout that it was built from"
+    )
 
 
 def with_nodes(command: Sequence[str], said: Mapping[str, str], folder: Path) -> list[str]:
@@ -166,7 +182,8 @@ class Stage:
         """The exit code: what a rank said, or what became of the launcher."""
         sealed = Path(self.sealed.read_text()) if self.sealed.exists() else None
         if sealed is not None and (sealed / "manifest.json").exists():
-            last_words(f"sealed {sealed.name}")
+            other = other_code(os.environ)
+            last_words(f"sealed {sealed.name}" + (f"; {other}" if other else ""))
             return 0
         said = int(self.status.read_text()) if self.status.exists() else None
         if self.asked and said in (None, STOPPED):

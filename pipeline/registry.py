@@ -1,4 +1,5 @@
-"""Merged models as versions in the model registry. Gets an open client; imports no mlflow.
+"""Files of a run, and merged models as versions in the model registry. Gets an open client; imports no
+mlflow.
 
 A merged model becomes a version of ``untaxed-<job>``, one for each digest, and is never loaded. A
 store that this process writes itself (SQLite, PostgreSQL) gets a file URI: a folder of hard links
@@ -14,7 +15,10 @@ in a tag how its gate ended.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +29,7 @@ from pipeline.artifact import Artifact
 from pipeline.errors import DataError
 from pipeline.files import link_or_copy
 from pipeline.releasing import CANDIDATE, GATE, NOT_PASSED, PASSED, RELEASED, Releases
-from pipeline.spool import Event, still_sealed
+from pipeline.spool import Event, shown, still_sealed
 
 ARTIFACTS = "mlartifacts"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -59,6 +63,22 @@ def patient() -> Iterator[None]:
         yield
     finally:
         os.environ[TIMEOUT] = before
+
+
+def log_files(client: Any, run_id: str, event: Event, runs: Path) -> None:
+    """The recipe, and for a sealed stage its manifest and its small files.
+
+    They go through a folder of copies: sealed files are read-only, and so would be what MLflow
+    makes of them, which could not be written a second time.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        (place / "recipe.json").write_text(json.dumps(event["recipe"], indent=1), encoding="utf-8")
+        for name, path in shown(event, runs):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / name)
+        with patient():
+            client.log_artifacts(run_id, str(place))
 
 
 @dataclass(frozen=True)

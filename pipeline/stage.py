@@ -26,6 +26,7 @@ from pipeline.errors import RecipeError, Stopped, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
 from pipeline.jobfile import load_job
 from pipeline.recipes import Execution
+from pipeline.recorder import Recorder
 from pipeline.tracking import Tracker
 
 T = TypeVar("T")
@@ -284,7 +285,10 @@ def _run(
         options={"ds": getattr(options, "ds", None), "engine": getattr(options, "engine", None)},
         cache_at=Path(os.environ.get(CACHE) or planned.folder.parent / "cache"),
     )
-    tracker = Tracker(planned.job, planned.folder.parent) if world.rank == 0 else None
+    # to other stages, forked with mlflow imported, a store that is away costs seconds, not a training
+    recorder = Recorder(planned.folder.parent) if name == "sft" and world.rank == 0 else None
+    aside = recorder.look if recorder else None
+    tracker = Tracker(planned.job, planned.folder.parent, aside) if world.rank == 0 else None
     started = time.monotonic()
     try:
         if tracker:
@@ -319,3 +323,6 @@ def _run(
             tracker.fail(planned, "KILLED" if killed else "FAILED", one_line(error))
             shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        if recorder:
+            recorder.close()

@@ -16,13 +16,11 @@ refuses for what it says is set aside.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned
+from pipeline.reach import reach
 from pipeline.recipes import Job
 from pipeline.registry import (
     ARTIFACTS,
@@ -41,7 +40,7 @@ from pipeline.registry import (
     Registry,
     cut_off,
     database_of,
-    patient,
+    log_files,
     served,
 )
 from pipeline.spool import (
@@ -53,7 +52,6 @@ from pipeline.spool import (
     read_event,
     sealed,
     started,
-    still_sealed,
     uninterrupted,
 )
 
@@ -69,14 +67,6 @@ SETTINGS = {
 }
 MOST_METRICS, MOST_PARAMS, MOST_TAGS = 1000, 100, 100
 DATASET_DIGEST = 36
-FILES = {
-    "prep": ("sheet.json", "sheet.md"),
-    "pack": ("trained.txt",),
-    "sft": ("metrics.jsonl",),
-    "choose": ("choice.json", "points.jsonl", "*.png"),
-    "merge": ("README.md", "certificate.json"),
-    "eval": ("report.json", "report.html", "scores.json", "*.png", "*.svg"),
-}
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
@@ -89,14 +79,70 @@ def _experiment() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
-class Tracker:
-    """Records what happens to the stages of one job. Nothing here raises but a request to stop."""
+class Replay:
+    """Brings the spool below ``runs`` to the store; ``opened`` is called when that answers."""
 
-    def __init__(self, job: Job, runs: Path) -> None:
-        self.job = job
+    def __init__(self, runs: Path, opened: Callable[[], None] | None = None) -> None:
         self.runs = runs.resolve()
         self.spool = Spool(self.runs)
+        self.opened = opened or (lambda: None)
         self.warned = False
+
+    def now(self) -> bool:
+        """Record what waits; False, and one line for the first time, where that cannot be."""
+        try:
+            with self.spool.held():
+                self._drain()
+            return True
+        except Exception as error:
+            self._warn(f"{one_line(error)[:300]}; recorded later, from {self.spool.folder}")
+            return False
+
+    def _drain(self) -> None:
+        """Record all events that wait, in order; stops at the first one that it cannot record."""
+        waiting = self.spool.waiting()
+        if not waiting or cut_off(store_uri(self.runs)):
+            return
+        store = connect(self.runs)
+        self.opened()
+        for path in waiting:
+            event = read_event(path)
+            try:
+                if event is None:
+                    raise DataError("damaged event")
+                mark = self.spool.mark(store.name, event)
+                if event["kind"] != "seen" or not mark.exists():
+                    apply(store, event)
+            except Exception as error:
+                if not _refused(error):
+                    raise
+                aside = self.spool.set_aside(path)
+                self._warn(f"{one_line(error)[:300]}; not recorded, kept as {aside}")
+                continue
+            if event["digest"]:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            path.unlink()
+
+    def _warn(self, message: str) -> None:
+        if not self.warned:
+            self.warned = True
+            uri = store_uri(self.runs)
+            secret = urlsplit(uri).netloc.rpartition("@")[0]
+            line = f"tracking: {uri}: {message}"
+            line = line.replace(f"{secret}@", "") if secret else line
+            print(line, file=sys.stderr, flush=True)
+
+
+class Tracker(Replay):
+    """Records what happens to the stages of one job. Nothing here raises but a request to stop.
+
+    With ``aside`` events are put in the spool and no more, and it is told that there is one.
+    """
+
+    def __init__(self, job: Job, runs: Path, aside: Callable[[], None] | None = None) -> None:
+        super().__init__(runs)
+        self.job, self.aside = job, aside
 
     def start(self, planned: Planned) -> None:
         """A stage begins or goes on."""
@@ -128,49 +174,19 @@ class Tracker:
                     return
                 if event and not (event["kind"] == "seen" and self.spool.waits(event)):
                     self.spool.append(event)
-                with self.spool.held():
-                    self._drain()
+                if self.aside:
+                    self.aside()
+                    return
             except Exception as error:
                 self._warn(f"{one_line(error)[:300]}; recorded later, from {self.spool.folder}")
+                return
+            self.now()
 
     def _recorded(self, event: Event) -> bool:
         uri = store_uri(self.runs)
         database = database_of(uri)
         gone = database is not None and not database.exists()
         return not gone and self.spool.mark(f"{uri} {_experiment()}", event).exists()
-
-    def _drain(self) -> None:
-        """Record all events that wait, in order; stops at the first one that it cannot record."""
-        waiting = self.spool.waiting()
-        if not waiting or cut_off(store_uri(self.runs)):
-            return
-        store = connect(self.runs)
-        for path in waiting:
-            event = read_event(path)
-            try:
-                if event is None:
-                    raise DataError("damaged event")
-                mark = self.spool.mark(store.name, event)
-                if event["kind"] != "seen" or not mark.exists():
-                    apply(store, event)
-            except Exception as error:
-                if not _refused(error):
-                    raise
-                aside = self.spool.set_aside(path)
-                self._warn(f"{one_line(error)[:300]}; not recorded, kept as {aside}")
-                continue
-            if event["digest"]:
-                mark.parent.mkdir(parents=True, exist_ok=True)
-                mark.touch()
-            path.unlink()
-
-    def _warn(self, message: str) -> None:
-        if not self.warned:
-            self.warned = True
-            uri = store_uri(self.runs)
-            secret = urlsplit(uri).netloc.rpartition("@")[0]
-            line = f"tracking: {uri}: {message}"
-            print(line.replace(f"{secret}@", "") if secret else line, file=sys.stderr, flush=True)
 
 
 def _refused(error: Exception) -> bool:
@@ -202,6 +218,8 @@ def load_mlflow() -> Callable[..., Any]:
 def connect(runs: Path) -> Store:
     """Open the store and make its experiment; any error means that it cannot be used now."""
     uri = store_uri(runs)
+    if served(uri):
+        reach(uri, float(os.environ.get(TIMEOUT) or TIMEOUT_SECONDS))
     make_client = load_mlflow()
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
@@ -256,7 +274,7 @@ def apply(store: Store, event: Event) -> None:
     # A parameter cannot be changed; what the run has is left as it is.
     missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
     _log(store, run, event["tags"], missing, event.get("metrics", ()), event.get("metrics_at"))
-    _log_files(store, run, event)
+    log_files(store.client, run.info.run_id, event, store.runs)
     if event["digest"]:
         _log_datasets(store, run, event["datasets"])
         if event["stage"] == "eval":
@@ -308,26 +326,6 @@ def _log(
     for kind, entries, most in groups:
         for first in range(0, len(entries), most):
             store.client.log_batch(run.info.run_id, **{kind: entries[first : first + most]})
-
-
-def _log_files(store: Store, run: Any, event: Event) -> None:
-    """The recipe, and for a sealed stage its manifest and its small files.
-
-    They go through a folder of copies: sealed files are read-only, and so would be what MLflow
-    makes of them, which could not be written a second time.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        (place / "recipe.json").write_text(json.dumps(event["recipe"], indent=1), encoding="utf-8")
-        found = event["digest"] and still_sealed(store.runs / event["folder"], event["digest"])
-        if found:
-            for name in (art.MANIFEST, *found.manifest.files):
-                wanted = (art.MANIFEST, *FILES.get(event["stage"], ()))
-                if any(fnmatch.fnmatch(name, pattern) for pattern in wanted):
-                    (place / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(found.folder / name, place / name)
-        with patient():
-            store.client.log_artifacts(run.info.run_id, str(place))
 
 
 def _log_datasets(store: Store, run: Any, datasets: Sequence[Mapping[str, Any]]) -> None:

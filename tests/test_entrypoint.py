@@ -247,3 +247,55 @@ def test_nodes_that_cannot_be_are_a_bad_recipe(
         monkeypatch.setenv(name, value)
     assert module.main(DEEPSPEED) == RecipeError.exit_code
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("image", "launched", "said"),
+    [
+        ("a" * 40, "a" * 40, ""),
+        ("a" * 40, "a" * 40 + "-dirty", ""),
+        ("a" * 40, None, ""),
+        (
+            "a" * 40,
+            "b" * 40,
+            "other code: an image of aaaaaaaaaaaa runs, launched from bbbbbbbbbbbb; ",
+        ),
+        ("unknown", "b" * 40, "other code: an image of unknown revision runs, launched from bbbb"),
+        (None, "b" * 40, "other code: an image of unknown revision runs"),
+    ],
+)
+def test_an_image_of_other_code_says_so(
+    module: ModuleType, image: str | None, launched: str | None, said: str
+) -> None:
+    found = {module.REVISION: image, module.LAUNCHED: launched}
+    told = module.other_code({name: value for name, value in found.items() if value})
+    assert told.startswith(said) if said else told == ""
+
+
+def test_other_code_is_told_first_and_with_the_last_words(
+    module: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    script, words = stage(tmp_path, SEAL), tmp_path / "words"
+    monkeypatch.setattr(module, "LAST_WORDS", words)
+    monkeypatch.setenv(module.REVISION, "a" * 40)
+    monkeypatch.setenv(module.LAUNCHED, "b" * 40)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert module.main([sys.executable, str(script)]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("entrypoint: other code: an image of aaaaaaaaaaaa runs")
+    assert words.read_text().startswith("sealed pipeline; other code: an image of aaaa")
+
+
+def test_launcher_and_entry_point_agree_on_names(module: ModuleType) -> None:
+    from pipeline.cluster import launch, objects
+
+    assert module.LAUNCHED == objects.LAUNCHED
+    told = module.other_code({module.REVISION: "a", module.LAUNCHED: "b"})
+    assert told.startswith(launch.OTHER_CODE)

@@ -66,15 +66,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spool": PARTS | {"graph"},
     "releasing": PARTS,
     "registry": PARTS | {"spool", "releasing"},
-    "tracking": PARTS | {"graph", "spool", "registry"},
-    "stage": PARTS | {"jobfile", "graph", "tracking"},
+    "reach": {"errors"},
+    "tracking": PARTS | {"graph", "spool", "registry", "reach"},
+    "recorder": {"tracking"},
+    "stage": PARTS | {"jobfile", "graph", "tracking", "recorder"},
     **dict.fromkeys(STAGES, PARTS | MADE_OF | SHELL),
     "launching": PARTS | SHELL,
     "planning": PARTS | SHELL | {"data", "model"},
     "warm": {"tracking"},
     "summary": PARTS | SHELL | {"evals"},
     "doctor": PARTS | MADE_OF | SHELL | {"launching"},
-    "cluster": PARTS | SHELL | {"jobfile"},
+    "cluster": PARTS | SHELL | {"jobfile", "origin"},
     "cli": PARTS
     | SHELL
     | {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -166,9 +167,9 @@ class Records:
         aliases = self.client.get_registered_model(f"untaxed-{job}").aliases
         return {name: str(version) for name, version in aliases.items()}
 
-    def picture(self) -> Any:
-        """Everything that a repeated event could double or change, but times of ending."""
-        runs = [
+    def runs(self) -> list[Any]:
+        """Of each run all that a repeated event could double or change, but the time of its end."""
+        found = [
             (
                 run.info.run_name,
                 run.info.status,
@@ -182,8 +183,17 @@ class Records:
             )
             for run in self.all_runs()
         ]
+        return sorted(found, key=lambda run: run[0])
+
+    def picture(self) -> Any:
+        """The runs, and what the registry holds."""
         versions = [(v.version, v.source, v.tags) for v in self.versions()]
-        return sorted(runs, key=lambda run: run[0]), versions, self.aliases()
+        return self.runs(), versions, self.aliases()
+
+    def without_ids(self, told: Any) -> str:
+        """In one text, without the names that a store gives itself."""
+        text = json.dumps(told, indent=1, sort_keys=True)
+        return re.sub(r"\b(m-)?[0-9a-f]{32}\b", "ID", text)
 
     def history(self, run: Any, name: str) -> list[Any]:
         return list(self.client.get_metric_history(run.info.run_id, name))

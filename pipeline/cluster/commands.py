@@ -19,6 +19,7 @@ from pipeline.cluster.screen import Screen
 from pipeline.cluster.words import State
 from pipeline.errors import DataError, RecipeError
 from pipeline.graph import stages_of
+from pipeline.origin import revision
 from pipeline.recipes import Job
 
 FOLLOW_SECONDS = 2.0
@@ -30,7 +31,8 @@ def launch(options: argparse.Namespace, job: Job, text: str) -> int:
     """All stages of the job on the cluster, or with ``--dry-run`` the objects that would be made."""
     overlay = read_overlay(options.overlay)
     stages = _stages(options, job)
-    made = [one for stage in stages for one in stage_objects(overlay, job, text, stage)]
+    here = revision()
+    made = [o for s in stages for o in stage_objects(overlay, job, text, s, revision=here)]
     wrong = mistakes([*overlay.standing, *made])
     if wrong:
         more = f" (and {len(wrong) - MOST_TOLD} more)" if wrong[MOST_TOLD:] else ""

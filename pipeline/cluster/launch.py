@@ -27,6 +27,7 @@ from pipeline.cluster.objects import (
 )
 from pipeline.cluster.words import Seen, State, look
 from pipeline.errors import DataError, UntaxedError
+from pipeline.origin import revision
 from pipeline.recipes import Job
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 5.0
 RESUMED = 20  # evictions of one stage that a launcher goes on after by itself
 LAST_LINES = 20
+OTHER_CODE = "other code: "  # as docker/entrypoint.py begins what it says of revisions
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Launcher:
     say: Callable[[str], None]
     again: bool = False
     _resumed: dict[str, int] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
 
     def run(self, stages: Sequence[str]) -> None:
         """All ``stages`` to their ends. DataError where one failed and would fail again."""
@@ -132,8 +135,9 @@ class Launcher:
         self._submit(stage, sight.attempt + 1)
 
     def _submit(self, stage: str, attempt: int) -> None:
-        for manifest in stage_objects(self.overlay, self.job, self.text, stage, attempt):
-            self.cluster.create(manifest)
+        here = revision()
+        for one in stage_objects(self.overlay, self.job, self.text, stage, attempt, here):
+            self.cluster.create(one)
 
     def _track(self, stages: Sequence[str]) -> None:
         """Have the tracking server told of what ran without network. Nobody waits for that: it is tried
@@ -157,6 +161,11 @@ class Launcher:
             for state in pod["status"].get("containerStatuses") or ()
             if state.get("state", {}).get("terminated")
         ]
+        for text in said:
+            _, mark, other = text.partition(OTHER_CODE)
+            if mark and other not in self._told:  # once, not once a stage
+                self._told.add(other)
+                self.say(f"{sight.stage}: {mark}{other}")
         if said and not any(f"{sight.stage}-" in text for text in said):
             raise UntaxedError(
                 f"{sight.stage} (Job {sight.name}): complete, and says of no sealed artifact; see"

@@ -29,6 +29,7 @@ Manifest = dict[str, Any]
 PART = "app.kubernetes.io/component"
 JOB_LABEL, KEY_LABEL, ATTEMPT_LABEL = "untaxed-job", "untaxed-key", "untaxed-attempt"
 QUEUE = "kueue.x-k8s.io/queue-name"
+LAUNCHED = "UNTAXED_LAUNCHED_REVISION"
 KEY_DIGITS = 8
 JOB_CHARACTERS = 30  # of 63: stage, key, attempt and the index of a pod follow
 MAX_ATTEMPTS = 99
@@ -156,11 +157,17 @@ def job_file(overlay: Overlay, job: Job, text: str) -> Manifest:
 
 
 def stage_objects(
-    overlay: Overlay, job: Job, text: str, stage: str, attempt: int = 1
+    overlay: Overlay,
+    job: Job,
+    text: str,
+    stage: str,
+    attempt: int = 1,
+    revision: str | None = None,
 ) -> tuple[Manifest, ...]:
     """What runs ``stage``: the job file, its Service where the overlay has one, and its Job.
 
-    Names, selector, subdomain and the name by which pods find rank 0 agree.
+    Names, selector, subdomain and the name by which pods find rank 0 agree. ``revision``, of the code
+    that launches, is for the entry point to hold against that of the image; it is no part of the key.
     """
     template = overlay.jobs[stage]
     key = key_of(job, stage, template)
@@ -176,6 +183,10 @@ def stage_objects(
     for volume in pod.get("volumes", []):
         if volume["name"] == "job":
             volume["configMap"]["name"] = carried["metadata"]["name"]
+    if revision:
+        for container in pod["containers"]:
+            said = [*container.get("env", []), {"name": LAUNCHED, "value": revision}]
+            container["env"] = said
     objects = [carried]
     if stage in overlay.services:
         service = copy.deepcopy(overlay.services[stage])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +14,7 @@ from pipeline.errors import DataError, RecipeError, Stopped
 Manifest = dict[str, Any]
 SIGKILL = 137
 NO_MEMORY = "out of memory"  # how the entry point begins its last words
+ABSENT = re.compile(r'(configmap|secret|persistentvolumeclaim) "[^"]*" not found')
 
 
 class State(StrEnum):
@@ -45,14 +47,21 @@ class Word:
     again: bool = False
 
 
+MISSING = Word(
+    "a ConfigMap or Secret that the pod names is missing", "create it; the pod then starts"
+)
+NO_CLAIM = Word(
+    "a volume claim that the pod names is missing or not bound",
+    "apply the overlay's claims and see kubectl get pvc; the pod then starts",
+)
+NO_ROOM = Word("no node has room for it", "free one, or ask for less in the overlay")
+QUOTA = Word("the namespace's quota is used up", "raise the quota, or ask for less")
 WAITING = {
     "ImagePullBackOff": Word("the image cannot be pulled", "push it, or name it in the overlay"),
     "ErrImagePull": Word("the image cannot be pulled", "push it, or name it in the overlay"),
     "ErrImageNeverPull": Word("the image is not on the node", "load it there, or let it be pulled"),
     "InvalidImageName": Word("the image's name is not a name", "mend it in the overlay"),
-    "CreateContainerConfigError": Word(
-        "a ConfigMap or Secret that the pod names is missing", "create it; the pod then starts"
-    ),
+    "CreateContainerConfigError": MISSING,
     "CreateContainerError": Word("the container cannot be made", "see kubectl describe pod"),
     "RunContainerError": Word("the container cannot be started", "see kubectl describe pod"),
     "CrashLoopBackOff": Word(
@@ -70,9 +79,7 @@ EVENTS = {
     "FailedAttachVolume": Word(
         "a volume is still attached to another node", "wait, or use a claim that is ReadWriteMany"
     ),
-    "FailedCreate": Word(
-        "the cluster takes no pod of this Job", "raise the quota, or ask for less"
-    ),
+    "FailedCreate": Word("the cluster takes no pod of this Job", "mend what it names"),
 }
 EXITS = {
     RecipeError.exit_code: Word("the recipe is bad", "mend the job file and launch again"),
@@ -189,8 +196,9 @@ def _waiting(pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
         for condition in pod["status"].get("conditions") or ():
             unplaced = condition["type"] == "PodScheduled" and condition["status"] == "False"
             if unplaced:
-                word = Word("no node has room for it", "free one, or ask for less in the overlay")
-                return _seen(State.WAITING, word, condition.get("message", ""))
+                said = condition.get("message", "")
+                word = NO_CLAIM if "persistentvolumeclaim" in said.lower() else NO_ROOM
+                return _seen(State.WAITING, word, said)
         for container in _containers(pod):
             waiting = container.get("state", {}).get("waiting") or {}
             if waiting.get("reason") in WAITING:
@@ -200,8 +208,18 @@ def _waiting(pods: Sequence[Manifest], events: Sequence[Manifest]) -> Seen:
                 return _seen(State.WAITING, STARTING, container["name"])
     for event in reversed(events):
         if event.get("reason") in EVENTS:
-            return _seen(State.WAITING, EVENTS[event["reason"]], event.get("message", ""))
+            return _seen(State.WAITING, _word(event), event.get("message", ""))
     return Seen(State.WAITING)
+
+
+def _word(event: Manifest) -> Word:
+    """What an event means, which its message may say better than its reason."""
+    said = event.get("message", "")
+    if "exceeded quota" in said:
+        return QUOTA
+    if event["reason"] == "FailedMount" and ABSENT.search(said):
+        return NO_CLAIM if "persistentvolumeclaim" in said else MISSING
+    return EVENTS[event["reason"]]
 
 
 def _seen(state: State, word: Word, detail: str) -> Seen:

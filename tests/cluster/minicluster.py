@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -98,6 +98,10 @@ class MiniCluster:
     objects: dict[tuple[str, str], Manifest] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
     away: threading.Event = field(default_factory=threading.Event)
+    trouble: Callable[[str, str], None] = lambda method, target: (
+        None
+    )  # raises Refused or ConnectionError
+    spaces: bool = False  # a namespace has to be made before what is in it
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def every(self, kind: str) -> list[Manifest]:
@@ -113,6 +117,12 @@ class MiniCluster:
         kind, name = PLURALS[found["plural"]], found["name"]
         with self.lock:
             if method == "POST":
+                if (
+                    self.spaces
+                    and found["space"]
+                    and ("Namespace", found["space"]) not in self.objects
+                ):
+                    raise Refused(404, "NotFound", f'namespaces "{found["space"]}" not found')
                 return 201, self.create(kind, body or {})
             if method == "GET" and name is None:
                 return 200, self.list(kind, parse_qs(url.query))
@@ -265,8 +275,10 @@ class MiniCluster:
 
 
 @contextlib.contextmanager
-def running(cluster: MiniCluster, folder: Path, pause: float = 0.02) -> Iterator[Path]:
-    """The cluster behind a socket; yields its kubeconfig."""
+def running(
+    cluster: MiniCluster, folder: Path, pause: float = 0.02, port: int = 0
+) -> Iterator[Path]:
+    """The cluster behind a socket (``port``, or any); yields its kubeconfig."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -283,7 +295,11 @@ def running(cluster: MiniCluster, folder: Path, pause: float = 0.02) -> Iterator
             try:
                 if cluster.away.is_set():
                     raise Refused(503, "ServiceUnavailable", "apiserver is shutting down")
+                cluster.trouble(self.command, self.path)
                 code, said = cluster.answer(self.command, self.path, body)
+            except ConnectionError:  # no answer at all
+                self.close_connection = True
+                return
             except Refused as error:
                 code = error.code
                 said = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code}
@@ -298,7 +314,7 @@ def running(cluster: MiniCluster, folder: Path, pause: float = 0.02) -> Iterator
         def log_message(self, format: str, *args: Any) -> None:
             return None
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     stopping = threading.Event()
 
@@ -306,30 +322,21 @@ def running(cluster: MiniCluster, folder: Path, pause: float = 0.02) -> Iterator
         while not stopping.wait(pause):
             cluster.control()
 
-    threads = [
-        threading.Thread(target=server.serve_forever, args=(0.01,)),
-        threading.Thread(target=control),
-    ]
+    work = (lambda: server.serve_forever(0.01), control)
+    threads = [threading.Thread(target=one) for one in work]
     for thread in threads:
         thread.start()
     config = folder / "kubeconfig"
-    config.write_text(
-        yaml.safe_dump(
-            {
-                "apiVersion": "v1",
-                "kind": "Config",
-                "current-context": "mini",
-                "clusters": [
-                    {
-                        "name": "mini",
-                        "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"},
-                    }
-                ],
-                "users": [{"name": "mini", "user": {}}],
-                "contexts": [{"name": "mini", "context": {"cluster": "mini", "user": "mini"}}],
-            }
-        )
-    )
+    place = {"server": f"http://127.0.0.1:{server.server_address[1]}"}
+    tree = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "mini",
+        "clusters": [{"name": "mini", "cluster": place}],
+        "users": [{"name": "mini", "user": {}}],
+        "contexts": [{"name": "mini", "context": {"cluster": "mini", "user": "mini"}}],
+    }
+    config.write_text(yaml.safe_dump(tree))
     try:
         yield config
     finally:

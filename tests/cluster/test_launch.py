@@ -2,64 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from cluster.minicluster import MiniCluster, running, status
-from cluster.scripted import Scripted
+from cluster.launched import JOB, LOCAL, STAGES, Start, beside, stages_started, untaxed
+from cluster.minicluster import status
 from parts import ROOT
 
 from pipeline import cli
-from pipeline.cluster import api, launch
-from pipeline.graph import stages_of
-from pipeline.jobfile import load_job
 
-JOB = ROOT / "jobs" / "quickstart.yaml"
-LOCAL = ROOT / "k8s" / "overlays" / "local"
-STAGES = stages_of(load_job(JOB))
-
-Start = Callable[..., MiniCluster]
-
-
-@pytest.fixture()
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """A running cluster whose pods end by ``ends``."""
-    monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(api, "POLL_SECONDS", 0.05)
-    with contextlib.ExitStack() as stack:
-
-        def make(**ends: list[dict[str, Any]]) -> MiniCluster:
-            cluster = MiniCluster(Scripted(ends))
-            config = stack.enter_context(running(cluster, tmp_path))
-            monkeypatch.setenv("KUBECONFIG", str(config))
-            return cluster
-
-        yield make
-
-
-def untaxed(command: str, *more: str) -> int:
-    return cli.main([command, str(JOB), "--overlay", str(LOCAL), *more])
-
-
-def beside(codes: list[int]) -> threading.Thread:
-    """Another launcher, in a thread: without the signals that only a main thread may set."""
-    options = cli.parser().parse_args(["launch", str(JOB), "--overlay", str(LOCAL)])
-    thread = threading.Thread(target=lambda: codes.append(cli.cluster(options)), daemon=True)
-    thread.start()
-    return thread
-
-
-def stages_started(cluster: MiniCluster) -> list[str]:
-    kubelet = cluster.kubelet
-    assert isinstance(kubelet, Scripted)
-    return [next(s for s in STAGES if f"-{s}-" in name) for name in kubelet.started]
+pytest_plugins = ("cluster.launched",)
 
 
 def test_all_stages_run_in_their_order(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,3 +195,10 @@ def test_an_overlay_with_a_mistake_makes_nothing(
     said = capsys.readouterr().err
     assert "parallelism=2 and completions=1: ranks wait for one another" in said
     assert not [target for method, target in cluster.asked if method == "POST"]
+
+
+def test_no_part_of_the_launcher_reads_the_wall_clock() -> None:
+    for path in sorted((ROOT / "pipeline" / "cluster").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+            assert name not in {"time.time", "time.time_ns", "datetime.now"}, path.name

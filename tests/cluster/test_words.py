@@ -76,15 +76,63 @@ CASES = [
         [],
         [{"reason": "FailedCreate", "message": "exceeded quota: gpus"}],
         State.WAITING,
-        "the cluster takes no pod of this Job: exceeded quota",
+        "the namespace's quota is used up: exceeded quota",
         False,
     ),
     (
         job(),
         [pod("Pending", waits("ContainerCreating"))],
-        [{"reason": "FailedMount", "message": 'claim "runs" not found'}],
+        [{"reason": "FailedMount", "message": "mount failed: exit status 32"}],
         State.WAITING,
-        "a volume cannot be mounted: claim",
+        "a volume cannot be mounted: mount failed",
+        False,
+    ),
+    (
+        job(),
+        [unplaced('0/1 nodes are available: persistentvolumeclaim "untaxed-runs" not found')],
+        [],
+        State.WAITING,
+        "a volume claim that the pod names is missing or not bound: 0/1",
+        False,
+    ),
+    (
+        job(),
+        [unplaced("0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims")],
+        [],
+        State.WAITING,
+        "a volume claim that the pod names is missing or not bound: 0/1",
+        False,
+    ),
+    *(
+        (
+            job(),
+            [pod("Pending", waits("ContainerCreating"))],
+            [
+                {
+                    "reason": "FailedMount",
+                    "message": f'MountVolume.SetUp failed: {kind} "x" not found',
+                }
+            ],
+            State.WAITING,
+            "a ConfigMap or Secret that the pod names is missing: MountVolume",
+            False,
+        )
+        for kind in ("configmap", "secret")
+    ),
+    (
+        job(),
+        [],
+        [{"reason": "FailedCreate", "message": 'serviceaccount "untaxed" not found'}],
+        State.WAITING,
+        "the cluster takes no pod of this Job: serviceaccount",
+        False,
+    ),
+    (
+        job(suspend=True),
+        [],
+        [{"reason": "Pending", "message": "LocalQueue gpus doesn't exist"}],
+        State.WAITING,
+        "its queue does not exist or takes nothing: LocalQueue gpus doesn't exist",
         False,
     ),
     (
