@@ -17,6 +17,7 @@ from pipeline.graph import stages_of
 
 pytest_plugins = ("tracked",)
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not POSTGRES, reason="needs Debian's package postgresql"),
 ]
 
