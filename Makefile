@@ -24,7 +24,7 @@ demo: $(READY)
 		--job jobs/quickstart.yaml --job jobs/quickstart-refusals-only.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $(NPROC) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(NPROC) --dist loadfile --no-loadscope-reorder
 
 # Goes on where it was stopped; begins anew without its folder.
 torture: $(READY)

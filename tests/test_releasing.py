@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tracked import Play, Records
+from tracked import STATED, Play, Records, make_runs
 
 from pipeline import artifact as art
 from pipeline import cli, origin
@@ -33,47 +34,60 @@ def says(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 Says = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture()
-def three(play: Callable[..., Play]) -> Play:
+@pytest.fixture(scope="module")
+def made(
+    tmp_path_factory: pytest.TempPathFactory, adopted: Path, empty_database: Path, base_folder: Path
+) -> Path:
     """Version 1 was released, 2 is; 3 did not pass."""
-    job = play()
-    job.through(*stages_of(job.job), gate_passed=True)
-    for mark, passed in ((" second", True), (" third", False)):
-        job.finish("merge", mark=mark)
-        job.finish("eval", gate_passed=passed)
-    records = Records(job.runs)
-    assert records.aliases() == {"candidate": "3", "released": "2", "previous": "1"}
-    return job
+    runs = tmp_path_factory.mktemp("made") / "runs"
+    make_runs(runs, adopted, empty_database)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in STATED:
+            patch.delenv(name, raising=False)
+        job = Play(runs, base_folder)
+        job.through(*stages_of(job.job), gate_passed=True)
+        for mark, passed in ((" second", True), (" third", False)):
+            job.finish("merge", mark=mark)
+            job.finish("eval", gate_passed=passed)
+        aliases = Records(job.runs).aliases()
+    assert aliases == {"candidate": "3", "released": "2", "previous": "1"}
+    return runs
 
 
-def test_rollback_releases_what_was_released_before(three: Play, says: Says) -> None:
-    code, said = says(three.runs, "rollback", MODEL)
+@pytest.fixture()
+def three(tmp_path: Path, made: Path, own_store: None) -> Path:
+    """A copy of those runs."""
+    return Path(shutil.copytree(made, tmp_path / "runs"))
+
+
+def test_rollback_releases_what_was_released_before(three: Path, says: Says) -> None:
+    code, said = says(three, "rollback", MODEL)
     assert (code, said) == (0, f"{MODEL}/1 is released; {MODEL}/2 is taken back")
-    assert Records(three.runs).aliases() == {"candidate": "3", "released": "1"}
-    code, said = says(three.runs, "rollback", MODEL)
+    assert Records(three).aliases() == {"candidate": "3", "released": "1"}
+    code, said = says(three, "rollback", MODEL)
     assert code == 65 and "has no alias previous; it has candidate (3), released (1)" in said
-    code, said = says(three.runs, "promote", f"{MODEL}/2")
+    code, said = says(three, "promote", f"{MODEL}/2")
     assert (code, said) == (0, f"{MODEL}/2 is released, after 1")
-    assert Records(three.runs).aliases() == {"candidate": "3", "released": "2", "previous": "1"}
-    code, said = says(three.runs, "promote", f"{MODEL}@released")
+    assert Records(three).aliases() == {"candidate": "3", "released": "2", "previous": "1"}
+    code, said = says(three, "promote", f"{MODEL}@released")
     assert (code, said) == (0, f"{MODEL}/2 is released already")
 
 
-def test_without_a_passed_gate_only_a_recorded_reason_releases(three: Play, says: Says) -> None:
-    code, said = says(three.runs, "promote", MODEL)
+def test_without_a_passed_gate_only_a_recorded_reason_releases(three: Path, says: Says) -> None:
+    code, said = says(three, "promote", MODEL)
     assert code == 78 and f"{MODEL}/3: its gate did not pass" in said
     for half in (["--override"], ["--why", "urgent"], ["--override", "--why", " "]):
-        code, said = says(three.runs, "promote", MODEL, *half)
+        code, said = says(three, "promote", MODEL, *half)
         assert code == 78 and "--override and --why REASON go together" in said
-    records = Records(three.runs)
+    records = Records(three)
     assert records.aliases()["released"] == "2"
-    code, said = says(three.runs, "promote", MODEL, "--override", "--why", "a demonstration")
+    code, said = says(three, "promote", MODEL, "--override", "--why", "a demonstration")
     assert (code, said) == (0, f"{MODEL}/3 is released, after 2")
     assert records.aliases() == {"candidate": "3", "released": "3", "previous": "2"}
     recorded = json.loads(records.versions()[2].tags["untaxed.override"])
     assert recorded["why"] == "a demonstration" and recorded["what"] == "promote"
     assert recorded["by"] and recorded["at"]
-    _, said = says(three.runs, "lineage", MODEL)
+    _, said = says(three, "lineage", MODEL)
     assert "released by override: a demonstration (" in said
 
 
@@ -96,11 +110,11 @@ def test_a_model_that_was_never_evaluated(play: Callable[..., Play], says: Says)
     ],
 )
 def test_models_that_are_not_there(
-    three: Play, says: Says, words: tuple[str, ...], code: int, said: str
+    three: Path, says: Says, words: tuple[str, ...], code: int, said: str
 ) -> None:
-    got, line = says(three.runs, *words)
+    got, line = says(three, *words)
     assert got == code and said in line and "\n" not in line
-    assert Records(three.runs).aliases()["released"] == "2"
+    assert Records(three).aliases()["released"] == "2"
 
 
 def test_lineage_goes_back_to_rows_code_and_image(

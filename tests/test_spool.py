@@ -23,6 +23,7 @@ from pipeline.graph import stages_of
 from pipeline.spool import flatten, short, uninterrupted
 
 pytest_plugins = ("tracked",)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture()

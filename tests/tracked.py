@@ -25,8 +25,6 @@ from pipeline.jobfile import parse_job
 from pipeline.recipes import Job
 from pipeline.tracking import Tracker, store_uri
 
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-
 GATE = {"gate_passed": True, "aligned_harmful_refusal": 0.97}
 FILES = {
     "prep": {"sheet.json": "{}", "sheet.md": "# Data sheet", "train.jsonl": "x" * 99},
@@ -93,16 +91,6 @@ class Play:
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store with its tables and nothing in them: making them takes seconds."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture(scope="session")
 def adopted(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """A runs folder that has adopted base and data, to be copied."""
     runs = tmp_path_factory.mktemp("adopted") / "runs"
@@ -110,19 +98,27 @@ def adopted(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path
     return runs
 
 
+STATED = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_REGISTRY_URI")
+
+
 @pytest.fixture()
-def play(
-    tmp_path: Path,
-    adopted: Path,
-    empty_database: Path,
-    base_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Play]:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_REGISTRY_URI"):
+def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store lies among the artifacts, whatever the environment says."""
+    for name in STATED:
         monkeypatch.delenv(name, raising=False)
-    runs = tmp_path / "runs"
+
+
+def make_runs(runs: Path, adopted: Path, empty_database: Path) -> None:
     shutil.copytree(adopted, runs)
     shutil.copyfile(empty_database, runs / "mlflow.db")
+
+
+@pytest.fixture()
+def play(
+    tmp_path: Path, adopted: Path, empty_database: Path, base_folder: Path, own_store: None
+) -> Callable[..., Play]:
+    runs = tmp_path / "runs"
+    make_runs(runs, adopted, empty_database)
     return lambda name="tiny", **changes: Play(runs, base_folder, name, **changes)
 
 
@@ -135,7 +131,8 @@ class Records:
         self.client = MlflowClient(tracking_uri=store_uri(runs))
 
     def all_runs(self) -> list[Any]:
-        found = self.client.get_experiment_by_name("untaxed")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "untaxed")
+        found = self.client.get_experiment_by_name(name)
         return list(self.client.search_runs([found.experiment_id], max_results=1000))
 
     def parents(self) -> list[Any]:

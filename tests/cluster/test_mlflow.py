@@ -14,17 +14,21 @@ from pipeline import artifact as art
 from pipeline.graph import stages_of
 
 pytest_plugins = ("tracked",)
-pytestmark = pytest.mark.skipif(not POSTGRES, reason="needs Debian's package postgresql")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not POSTGRES, reason="needs Debian's package postgresql"),
+]
 
 
-@pytest.fixture()
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    users = tmp_path / "auth.ini"
-    with postgres(tmp_path / "postgres") as store, s3(tmp_path / "s3") as bucket:
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("cluster")
+    users = folder / "auth.ini"
+    with postgres(folder / "postgres") as store, s3(folder / "s3") as bucket:
         users.write_text(
             "[mlflow]\n"
             "default_permission = READ\n"
-            f"database_uri = sqlite:///{tmp_path / 'users.db'}\n"
+            f"database_uri = sqlite:///{folder / 'users.db'}\n"
             "admin_username = admin\n"
             "admin_password = a long password\n"
             "auth_cache_ttl_seconds = 300\n"
@@ -37,19 +41,28 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             "MLFLOW_S3_ENDPOINT_URL": bucket,
         }
         made = Server(
-            tmp_path / "server",
+            folder / "server",
             store,
             "s3://untaxed/mlflow",
             settings | KEYS,
             ("--app-name=basic-auth",),
         )
         made.start()
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", made.uri)
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-        for name, value in ADMIN.items():
-            monkeypatch.setenv(name, value)
         yield made
         made.stop()
+
+
+@pytest.fixture()
+def server(
+    started: Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Server:
+    """The one server, where each test has an experiment of its own."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", started.uri)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    for name, value in ADMIN.items():
+        monkeypatch.setenv(name, value)
+    return started
 
 
 def test_a_job_whose_training_the_server_misses_ends_as_any_other(
