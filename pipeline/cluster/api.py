@@ -109,13 +109,12 @@ class Cluster:
         return True
 
     def has_config_map(self, name: str) -> bool:
-        ask = self.apis["CoreV1Api"].read_namespaced_config_map
         try:
-            self._ask(ask, name, self.namespace)
+            self._ask("CoreV1Api", "read_namespaced_config_map", name, self.namespace)
         except ApiException as error:
             if error.status == 404:
                 return False
-            raise RecipeError(f"ConfigMap {name}: {_told(error)}") from error
+            raise self._refusal(f"ConfigMap {name}", error) from error
         return True
 
     def jobs(self, labels: dict[str, str]) -> list[Manifest]:
@@ -123,15 +122,15 @@ class Cluster:
 
     def workloads(self, job: Manifest) -> list[Manifest] | None:
         """What Kueue has made of a Job; None where the cluster has no Kueue."""
-        ask = self.apis["CustomObjectsApi"].list_namespaced_custom_object
+        ask = "CustomObjectsApi", "list_namespaced_custom_object"
         wanted = f"kueue.x-k8s.io/job-uid={job['metadata'].get('uid')}"
         for version in KUEUE_VERSIONS:
             place = (KUEUE, version, self.namespace, "workloads")
             try:
-                return list(self._ask(ask, *place, label_selector=wanted)["items"])
+                return list(self._ask(*ask, *place, label_selector=wanted)["items"])
             except ApiException as error:
                 if error.status != 404:
-                    raise RecipeError(f"workloads of Kueue: {_told(error)}") from error
+                    raise self._refusal("workloads of Kueue", error) from error
         return None
 
     def pods(self, job: str) -> list[Manifest]:

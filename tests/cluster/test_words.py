@@ -128,14 +128,6 @@ CASES = [
         False,
     ),
     (
-        job(suspend=True),
-        [],
-        [{"reason": "Pending", "message": "LocalQueue gpus doesn't exist"}],
-        State.WAITING,
-        "its queue does not exist or takes nothing: LocalQueue gpus doesn't exist",
-        False,
-    ),
-    (
         job(),
         [
             pod(
