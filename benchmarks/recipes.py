@@ -34,31 +34,26 @@ TRAINING = ("anchor", "pack", "sft")
 
 @dataclass(frozen=True)
 class Recipe:
-    """``changes`` as of ``--set``; ``without``: sources that are left out; ``limits``: rows of a source;
-    ``added``: after which source, a source."""
+    """``changes`` as of ``--set``; ``without``: sources that are left out; ``limits``: rows of a
+    source."""
 
     name: str
     what: str
     changes: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     limits: Mapping[str, int] = field(default_factory=dict)
-    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """The job file that runs it."""
         tree: dict[str, Any] = yaml.safe_load(JOB.read_text(encoding="utf-8"))
         sources = {source["name"]: source for source in tree["prep"]["sources"]}
-        lost = {*self.without, *self.limits, *self.added} - set(sources)
+        lost = {*self.without, *self.limits} - set(sources)
         if lost:
             raise SystemExit(f"{self.name}: {JOB.name} has no source {min(lost)}")
         for name, limit in self.limits.items():
             sources[name]["limit"] = limit
-        tree["prep"]["sources"] = [
-            one
-            for name, source in sources.items()
-            for one in (source, self.added.get(name))
-            if one is not None and one["name"] not in self.without
-        ]
+        kept = [source for name, source in sources.items() if name not in self.without]
+        tree["prep"]["sources"] = kept
         for change in (f"name={self.name}", *self.changes):
             apply_set(tree, change)
         return tree
@@ -73,67 +68,65 @@ class Recipe:
         return self.but(name, "another seed", f"sft.seed={seed}", f"pack.seed={seed}")
 
 
-ANCHORS = ("contrast-harmless", "borderline", "harmless", "arithmetic")
+ANCHORS = ("contrast-harmless", "borderline", "harmless", "ordinary", "arithmetic")
 EARLY = "sft.lora.layers={from_fraction: 0.0, to_fraction: 0.3333}"
 LATE = "sft.lora.layers={from_fraction: 0.6667, to_fraction: 1.0}"
-TRAIN = {"where": {"split": "train"}}
-SAMPLE = {
-    "star1": {"name": "harmful", "kind": "refusal", "source": "sample:harmful", **TRAIN},
-    "harmless": {"name": "ordinary", "kind": "anchor", "source": "sample:ordinary", **TRAIN},
-}
 BEST = Recipe("untaxed", "the job as it is")
-ONE = BEST.but("rank-1", "rank 1, so that alpha / rank is 16", "sft.lora.rank=1")
-MORE = BEST.but(
-    "more-rows",
-    "harmful and ordinary rows of the sample, 600 of STAR-1, 300 of arithmetic",
-    limits={"star1": 600, "arithmetic": 300},
-    added=SAMPLE,
+ALL = BEST.but("unscaled", "the update as it was trained, without a choice", "choose=null")
+FIRST = ALL.but(
+    "no-sample",
+    "unscaled; no harmful or ordinary rows of the sample, all of STAR-1",
+    without=("harmful", "ordinary"),
+    limits={"star1": 1000},
 )
-MORE_ONE = MORE.but("more-rows-rank-1", "the same, rank 1", "sft.lora.rank=1")
+ONE = FIRST.but("rank-1", "no-sample, rank 1, so that alpha / rank is 16", "sft.lora.rank=1")
+MORE = ALL.but("more-arithmetic", "unscaled, 300 of arithmetic", limits={"arithmetic": 300})
 RECIPES = (
     BEST,
     BEST.seeded(1),
     BEST.seeded(2),
+    ALL,
+    FIRST,
+    FIRST.seeded(1),
+    FIRST.seeded(2),
     ONE,
     ONE.seeded(1),
     ONE.seeded(2),
     ONE.but(
         "rank-1-no-contrast",
-        "rank 1, no contrast rows",
-        without=("contrast-harmful", "contrast-harmless"),
+        "no-sample, rank 1, no contrast rows",
+        without=("harmful", "ordinary", "contrast-harmful", "contrast-harmless"),
     ),
+    ALL.but("sample-rank-1", "unscaled, rank 1", "sft.lora.rank=1"),
     MORE,
-    MORE_ONE,
-    MORE_ONE.but(
-        "fewer-anchors", "the same, 100 of arithmetic", limits={"star1": 600, "arithmetic": 100}
-    ),
-    BEST.but("scaled-down", "update times 0.75 at the merge", "merge.scale=0.75"),
-    BEST.but("scaled-up", "update times 1.25 at the merge", "merge.scale=1.25"),
-    BEST.but("late", "last third of the layers", LATE),
-    BEST.but("early", "first third of the layers", EARLY),
-    BEST.but("mlp", "gate, up and down", "sft.lora.targets=mlp"),
-    BEST.but("rslora", "alpha / sqrt(rank)", "sft.lora.alpha_policy=rslora"),
-    BEST.but("proportional", "alpha, whatever the rank", "sft.lora.alpha_policy=proportional"),
-    BEST.but(
+    MORE.but("more-arithmetic-rank-1", "unscaled, 300 of arithmetic, rank 1", "sft.lora.rank=1"),
+    FIRST.but("scaled-down", "no-sample; update times 0.75 at the merge", "merge.scale=0.75"),
+    FIRST.but("scaled-up", "no-sample; update times 1.25 at the merge", "merge.scale=1.25"),
+    ALL.but("late", "last third of the layers", LATE),
+    ALL.but("early", "first third of the layers", EARLY),
+    ALL.but("mlp", "gate, up and down", "sft.lora.targets=mlp"),
+    ALL.but("rslora", "alpha / sqrt(rank)", "sft.lora.alpha_policy=rslora"),
+    ALL.but("proportional", "alpha, whatever the rank", "sft.lora.alpha_policy=proportional"),
+    ALL.but(
         "refusals-only",
         "no anchors",
         "anchor=null",
         "sft.anchors={objective: sft}",
         without=ANCHORS,
     ),
-    BEST.but(
+    ALL.but(
         "sft-anchors",
         "whole answers of up to 64 tokens, by cross-entropy",
         "sft.anchors={objective: sft}",
         "anchor.truncated=drop",
         "anchor.max_new_tokens=64",
     ),
-    BEST.but("kl-half", "KL weight halved", "sft.anchors.weight=3"),
-    BEST.but("kl-double", "KL weight doubled", "sft.anchors.weight=12"),
-    BEST.but("half-mixed", "half of the anchors from Alpaca", limits={"harmless": 300}),
-    BEST.but("no-borderline", "no borderline rows", without=("borderline",)),
-    BEST.but("primer", "safety primer", "prep.safety_primer=Is this safe? Let me think."),
-    BEST.but("rewritten", "refusals worded by the base", "anchor.rewrite_refusals={}"),
+    ALL.but("kl-half", "KL weight halved", "sft.anchors.weight=3"),
+    ALL.but("kl-double", "KL weight doubled", "sft.anchors.weight=12"),
+    ALL.but("half-mixed", "half of the anchors from Alpaca", limits={"harmless": 300}),
+    ALL.but("no-borderline", "no borderline rows", without=("borderline",)),
+    ALL.but("primer", "safety primer", "prep.safety_primer=Is this safe? Let me think."),
+    ALL.but("rewritten", "refusals worded by the base", "anchor.rewrite_refusals={}"),
 )
 
 

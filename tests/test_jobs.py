@@ -291,7 +291,7 @@ def test_local_sources_have_the_files_and_columns_that_the_job_names(
             "untaxed-smollm2": {
                 "harmful-short": 260,
                 "advbench": 520,
-                "star1": 1000,
+                "star1": 600,
                 "harmless": 600,
                 "arithmetic": 100,
                 "xstest": 450,
