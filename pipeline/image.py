@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "docker" / "requirements.txt"
 ENTRYPOINT = ROOT / "docker" / "entrypoint.py"
 SBOM = Path("/opt/venv/sbom.cdx.json")
-PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^ \\n]+)", re.MULTILINE)
+PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s\\]+)", re.MULTILINE)
 WRITTEN = (
     "HOME",
     "TMPDIR",

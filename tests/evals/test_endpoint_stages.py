@@ -23,14 +23,7 @@ from pipeline.errors import DataError, RecipeError, UntaxedError
 from pipeline.evals.client import ALIGNED_ADDRESS
 from pipeline.evals.score import measure, read_lines, tally
 from pipeline.graph import AnchorStep, BaselineStep, EvalStep
-from pipeline.recipes import (
-    AnchorRecipe,
-    ChatRecipe,
-    Check,
-    EvalEndpoint,
-    EvalRecipe,
-    ServedModel,
-)
+from pipeline.recipes import AnchorRecipe, ChatRecipe, Check, EvalEndpoint, EvalRecipe, ServedModel
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
 SECRET = "sk-do-not-tell-4711"

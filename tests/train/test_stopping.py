@@ -17,8 +17,8 @@ from pipeline.errors import Stopped
 from pipeline.recipes import Execution, SftRecipe
 from pipeline.stage import Context, Solo
 
-EPOCHS = 4  # of two steps each
-DROPOUT = SftRecipe.model_validate(RECIPE | {"lora": LORA | {"dropout": 0.1}, "epochs": EPOCHS})
+DROPOUT = SftRecipe.model_validate(RECIPE | {"lora": LORA | {"dropout": 0.1}})
+STEPS_AN_EPOCH = 2
 
 
 class Signalled(Solo):
@@ -72,9 +72,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact])
         ("step 7", Stopped, ["checkpoint-00000007-0003"]),
         ("validation after step 2", Stopped, ["checkpoint-00000002-0000"]),
         ("saving epoch 3", Stopped, ["checkpoint-00000006-0003"]),
-        ("step 8", Stopped, ["checkpoint-00000008-0003"]),
-        ("validation after step 8", Stopped, ["checkpoint-00000008-0003"]),
-        ("saving epoch 4", Stopped, ["checkpoint-00000008-0004"]),
+        ("step 20", Stopped, ["checkpoint-00000020-0009"]),
+        ("validation after step 20", Stopped, ["checkpoint-00000020-0009"]),
+        ("saving epoch 10", Stopped, ["checkpoint-00000020-0010"]),
     ],
 )
 def test_a_stop_anywhere_loses_nothing(
@@ -90,12 +90,12 @@ def test_a_stop_anywhere_loses_nothing(
     assert [path.name for path in (tmp_path / "scratch").glob("checkpoint-*")] == kept
     train(inputs, tmp_path, "second")
     names = sorted(str(p.relative_to(whole)) for p in whole.glob("epoch-*/*"))
-    assert len(names) == 2 * EPOCHS
+    assert len(names) == 20
     for name in names:
         assert (tmp_path / "second" / name).read_bytes() == (whole / name).read_bytes(), name
     assert losses(tmp_path / "second") == losses(whole)
     validations = (tmp_path / "second" / "metrics.jsonl").read_text().count("dev_loss")
-    assert validations == EPOCHS
+    assert validations == 20 / STEPS_AN_EPOCH
 
 
 def test_a_request_is_heard_once_however_often_it_comes(
