@@ -5,6 +5,7 @@
 # IMAGE         name of the image (default: untaxed), tagged with the target
 # BASE_IMAGE    a Python base image, for builds without a registry
 # Further options go to the builder as they are, such as --build-arg TORCH_INDEX_URL=...
+# With buildah a build is told what pip is told on this machine: mirrors, folders of wheels, certificate.
 set -eu
 cd "$(dirname "$0")/.."
 target=cpu
@@ -24,7 +25,11 @@ if [ -z "${BUILDER:-}" ]; then
 fi
 case "$BUILDER" in
 docker) command="docker build" ;;
-buildah) command="buildah build --format oci" ;;
+buildah)
+    pip=$(mktemp)
+    trap 'rm -f "$pip"' EXIT
+    command="buildah build --layers --isolation chroot --format oci $(python3 docker/pip_here.py "$pip" | tr '\n' ' ')"
+    ;;
 *)
     echo "docker/build.sh: unknown BUILDER $BUILDER; wanted docker or buildah" >&2
     exit 64
@@ -33,6 +38,6 @@ esac
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' pipeline/__init__.py)
 revision=$(git rev-parse --verify --quiet HEAD || echo unknown)
 # shellcheck disable=SC2086  # the builder's name and its subcommand are two words
-exec $command --file docker/Dockerfile --target "$target" --tag "${IMAGE:-untaxed}:$target" \
+$command --file docker/Dockerfile --target "$target" --tag "${IMAGE:-untaxed}:$target" \
     --build-arg VERSION="$version" --build-arg REVISION="$revision" \
     ${BASE_IMAGE:+--build-arg BASE_IMAGE="$BASE_IMAGE"} "$@" .

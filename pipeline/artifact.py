@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pipeline import __version__, files
+from pipeline import __version__, files, origin
 from pipeline.errors import DataError, UntaxedError
 from pipeline.files import Stamp
 
@@ -58,6 +58,8 @@ class Manifest(BaseModel):
     seconds: float
     created_at: str
     untaxed_version: str
+    revision: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,6 @@ def digest_of(files: Mapping[str, FileEntry]) -> str:
     """Digest of a set of files: over their names and hashes, not their order."""
     text = canonical({name: entry.sha256 for name, entry in files.items()})
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def hash_folder(folder: Path) -> dict[str, FileEntry]:
-    """Hash all files below ``folder`` but its manifest."""
-    return {name: found.entry for name, found in _hash_folder(folder, {}).items()}
 
 
 def _hash_folder(folder: Path, known: Mapping[str, Hashed]) -> dict[str, Hashed]:
@@ -239,6 +236,8 @@ def seal(
         seconds=round(seconds, 3),
         created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         untaxed_version=__version__,
+        revision=origin.revision(),
+        image=origin.image(),
     )
     for path in staging.rglob("*"):
         if path.is_file() and path.stat().st_nlink == 1:  # a link is somebody's own file

@@ -110,9 +110,8 @@ def open_changed(
         return Embedded(model, chat, sampling, context.console)
     from pipeline.evals.endpoint import check_changed, connect
 
-    before, after = (
-        connect(endpoint.served(role), chat, sampling, context) for role in ("base", "aligned")
-    )
+    before = connect(endpoint.served("base"), chat, sampling, context)
+    after = connect(endpoint.served("aligned"), chat, sampling, context, aligned=True)
     probes = [
         request_for(chat, item.row.id, item.row.messages, item.suite.max_new_tokens)
         for item in probe_items(items)

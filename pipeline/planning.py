@@ -1,11 +1,11 @@
-"""What training a job needs in memory, and what to run where: the second half of ``untaxed plan``."""
+"""What a job needs in memory and in hours, and what to run where: the second half of ``untaxed plan``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,25 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline import artifact as art
+from pipeline.data.raw import place_of
+from pipeline.data.rows import Row, read_rows
 from pipeline.errors import DataError, RecipeError
 from pipeline.graph import Workspace, plan_job
 from pipeline.model.advice import DEVICES, FREE, GB, OVERHEAD, advise, needed
 from pipeline.model.geometry import cut_of, geometry_of, stored_bytes
+from pipeline.model.hours import (
+    CARDS,
+    Answers,
+    generation_seconds,
+    training_flops,
+    training_seconds,
+)
 from pipeline.model.memory import Memory, Setup, Work, plan
 from pipeline.model.support import check
-from pipeline.recipes import Job
+from pipeline.recipes import Job, SourceRecipe, Suite
 
 PER_MACHINE = 8  # processes, where it is not said
+CHARACTERS = 4  # a token, where rows were not counted yet
 
 
 def setup_of(options: argparse.Namespace) -> tuple[Setup, int]:
@@ -116,6 +126,8 @@ def print_memory(
     console.print(_table(memory, setup))
     for line in lines:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
+    if options.device in CARDS:
+        console.print(_hours(job, work, setup, workspace, options.device))
 
 
 def _table(memory: Memory, setup: Setup) -> Table:
@@ -131,3 +143,77 @@ def _table(memory: Memory, setup: Setup) -> Table:
         table.add_row(f"before the first step: {name}", f"{memory.phases[name] / GB:.3f}")
     table.add_row("the process itself", f"{OVERHEAD[setup.kind] / GB:.3f}")
     return table
+
+
+def _hours(job: Job, work: Work, setup: Setup, workspace: Workspace, device: str) -> Table:
+    """Of each stage that uses the GPU; what nobody has counted yet is not guessed."""
+    title = f"no less than this on {device}, if all answers are as long as they may be"
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("stage")
+    for column in ("GPUs", "minutes"):
+        table.add_column(column, justify="right")
+    for name, gpus, seconds in _stages(job, work, setup, workspace, device):
+        table.add_row(
+            name, str(gpus), "not known yet" if seconds is None else f"{seconds / 60:.1f}"
+        )
+    return table
+
+
+def _stages(
+    job: Job, work: Work, setup: Setup, workspace: Workspace, device: str
+) -> list[tuple[str, int, float | None]]:
+    card, recipe = CARDS[device], job.eval
+    asked = _asked(recipe.suites, recipe.samples, recipe.batch_rows, workspace)
+    found: list[tuple[str, int, float | None]] = []
+
+    def generated(name: str, answers: list[Answers] | None) -> None:
+        seconds = None if answers is None else generation_seconds(work.geometry, answers, card)
+        found.append((name, 1, seconds))
+
+    if job.anchor is not None:
+        rows = [_rows(s, workspace) for s in job.prep.sources if s.kind == "anchor"]
+        known = [len(r) for r in rows if r is not None]
+        one = Answers(sum(known), job.anchor.max_new_tokens, job.anchor.batch_rows)
+        generated("anchor", [one] if len(known) == len(rows) else None)
+    tokens = work.cached or _tokens(job, workspace)
+    trained = tokens and training_flops(
+        work.geometry, tokens, job.sft.epochs, work.cut, checkpointing=work.checkpointing
+    )
+    seconds = None if trained is None else training_seconds(trained, card, setup.world_size)
+    found.append(("sft", setup.world_size, seconds))
+    if job.choose is not None and job.choose.dev is None:
+        points = 1 + len(job.choose.scales) * (
+            len(job.choose.epochs) if job.choose.epochs else job.sft.epochs
+        )
+        generated("choose", _asked(job.choose.suites, points, recipe.batch_rows, workspace))
+    elif job.choose is not None:
+        found.append(("choose", 1, None))
+    for name in ("baseline", "eval"):
+        generated(name, asked)
+    return found
+
+
+def _asked(
+    suites: Sequence[Suite], times: int, at_once: int, workspace: Workspace
+) -> list[Answers] | None:
+    rows = [(_rows(suite, workspace), suite.max_new_tokens) for suite in suites]
+    known = [Answers(times * len(r), tokens, at_once) for r, tokens in rows if r is not None]
+    return known if len(known) == len(rows) else None
+
+
+def _tokens(job: Job, workspace: Workspace) -> int | None:
+    """Of an epoch, before pack has counted them: four characters a token, anchors of full length."""
+    total = 0
+    for source in job.prep.sources:
+        rows = _rows(source, workspace)
+        if rows is None:
+            return None
+        own = job.anchor.max_new_tokens if job.anchor and source.kind == "anchor" else 0
+        texts = sum(len(row.prompt) + len(row.response or "") for row in rows)
+        total += texts // CHARACTERS + own * len(rows)
+    return total
+
+
+def _rows(source: SourceRecipe, workspace: Workspace) -> list[Row] | None:
+    place = place_of(source, workspace)
+    return None if place is None else read_rows(place, source)

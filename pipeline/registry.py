@@ -1,4 +1,5 @@
-"""Merged models as versions in the model registry. Gets an open client; imports no mlflow.
+"""Files of a run, and merged models as versions in the model registry. Gets an open client; imports no
+mlflow.
 
 A merged model becomes a version of ``untaxed-<job>``, one for each digest, and is never loaded. A
 store that this process writes itself (SQLite, PostgreSQL) gets a file URI: a folder of hard links
@@ -7,13 +8,17 @@ moves the artifact aside. A server refuses file URIs, so there the folder is upl
 logged model; with an artifact root that clients reach directly it does not pass through the server.
 
 Alias ``candidate`` is set at merge. Alias ``released`` is set at eval on the version with the
-evaluated digest when the gate passed, and taken from that version when it did not.
+evaluated digest when the gate passed, and taken from that version when it did not; the version says
+in a tag how its gate ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +28,29 @@ from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError
 from pipeline.files import link_or_copy
-from pipeline.spool import Event, still_sealed
+from pipeline.releasing import CANDIDATE, GATE, NOT_PASSED, PASSED, RELEASED, Releases
+from pipeline.spool import Event, shown, still_sealed
 
 ARTIFACTS = "mlartifacts"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 TIMEOUT_SECONDS = "10"
 UPLOAD_SECONDS = "600"
+NO_NETWORK = "UNTAXED_NO_NETWORK"
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of a SQLite store; None for other stores."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def served(uri: str) -> bool:
+    """Whether a server stands before the store."""
+    return uri.startswith(("http:", "https:"))
+
+
+def cut_off(uri: str) -> bool:
+    """Whether this machine is said to have no network, and the store is on a server."""
+    return bool(os.environ.get(NO_NETWORK)) and served(uri)
 
 
 @contextlib.contextmanager
@@ -41,6 +63,22 @@ def patient() -> Iterator[None]:
         yield
     finally:
         os.environ[TIMEOUT] = before
+
+
+def log_files(client: Any, run_id: str, event: Event, runs: Path) -> None:
+    """The recipe, and for a sealed stage its manifest and its small files.
+
+    They go through a folder of copies: sealed files are read-only, and so would be what MLflow
+    makes of them, which could not be written a second time.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        (place / "recipe.json").write_text(json.dumps(event["recipe"], indent=1), encoding="utf-8")
+        for name, path in shown(event, runs):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / name)
+        with patient():
+            client.log_artifacts(run_id, str(place))
 
 
 @dataclass(frozen=True)
@@ -56,7 +94,7 @@ class Registry:
         """Register a merged model, unless its folder holds another one by now."""
         version = self._version(event, run_id)
         if version:
-            self.client.set_registered_model_alias(version.name, "candidate", version.version)
+            self.client.set_registered_model_alias(version.name, CANDIDATE, version.version)
 
     def release(self, event: Event) -> None:
         """Let ``released`` follow the gate; DataError when the model that passed is gone.
@@ -69,12 +107,15 @@ class Registry:
         if version is None:
             if event["gate_passed"]:
                 raise DataError(f"{event['model']['folder']}: the model that passed is not there")
-        elif event["gate_passed"]:
-            self.client.set_registered_model_alias(version.name, "released", version.version)
+            return
+        said = PASSED if event["gate_passed"] else NOT_PASSED
+        self.client.set_model_version_tag(version.name, version.version, GATE, said)
+        if event["gate_passed"]:
+            Releases(self.client).release(version)
         else:
             aliases = self.client.get_registered_model(version.name).aliases
-            if str(aliases.get("released")) == str(version.version):
-                self.client.delete_registered_model_alias(version.name, "released")
+            if str(aliases.get(RELEASED)) == str(version.version):
+                self.client.delete_registered_model_alias(version.name, RELEASED)
 
     def _version(self, event: Event, run_id: str | None) -> Any:
         """The version with this digest, registered now if it is not; None if its folder is gone."""

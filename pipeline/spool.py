@@ -10,6 +10,7 @@ from __future__ import annotations
 import calendar
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import json
 import numbers
@@ -32,6 +33,14 @@ LOCK_SECONDS = 30.0
 MOST_CHARACTERS = 500
 NAME_CHARACTERS = 250
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-. :]")
+FILES = {
+    "prep": ("sheet.json", "sheet.md"),
+    "pack": ("trained.txt",),
+    "sft": ("metrics.jsonl",),
+    "choose": ("choice.json", "points.jsonl", "*.png"),
+    "merge": ("README.md", "certificate.json"),
+    "eval": ("report.json", "report.html", "scores.json", "*.png", "*.svg"),
+}
 DATASETS = ("rows", "data", "prep", "anchor", "pack")
 
 Event = dict[str, Any]
@@ -144,6 +153,17 @@ def still_sealed(folder: Path, digest: str) -> Artifact | None:
     return found if found.digest == digest else None
 
 
+def shown(event: Event, runs: Path) -> Iterator[tuple[str, Path]]:
+    """Of a stage that is still sealed, the manifest and the small files that people look at."""
+    found = still_sealed(runs / event["folder"], event["digest"]) if event["digest"] else None
+    if found is None:
+        return
+    for name in (art.MANIFEST, *found.manifest.files):
+        wanted = (art.MANIFEST, *FILES.get(event["stage"], ()))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in wanted):
+            yield name, found.folder / name
+
+
 def started(job: Job, planned: Planned) -> Event:
     """A stage begins, or goes on after a stop."""
     return _event(job, planned) | {"kind": "start", "status": "RUNNING", "job_status": "RUNNING"}
@@ -170,6 +190,8 @@ def sealed(kind: str, job: Job, planned: Planned, artifact: Artifact, metrics: M
     figures, words = _facts(facts)
     series = [(step, _numbers(values)) for step, values in metrics or _history(artifact)]
     event["tags"] |= {"untaxed.digest": artifact.digest} | words
+    code = {"mlflow.source.git.commit": manifest.revision, "untaxed.image": manifest.image}
+    event["tags"] |= {name: value for name, value in code.items() if value}
     return event | {
         "kind": kind,
         "begin": at - round(manifest.seconds * 1000),

@@ -26,12 +26,14 @@ from pipeline.errors import RecipeError, Stopped, UntaxedError, one_line
 from pipeline.graph import Planned, Workspace, plan_job, stages_of
 from pipeline.jobfile import load_job
 from pipeline.recipes import Execution
+from pipeline.recorder import Recorder
 from pipeline.tracking import Tracker
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_JOB = ROOT / "jobs" / "quickstart.yaml"
 STATUS_FILE = "UNTAXED_STATUS_FILE"
+SEALED_FILE = "UNTAXED_SEALED_FILE"
 CACHE = "UNTAXED_CACHE"
 
 
@@ -146,6 +148,12 @@ def say_status(code: int) -> None:
             stream.write(str(code))
 
 
+def say_sealed(folder: Path) -> None:
+    """Tell whoever started the launcher that there is a sealed artifact, and where."""
+    if SEALED_FILE in os.environ:
+        Path(os.environ[SEALED_FILE]).write_text(str(folder), encoding="utf-8")
+
+
 def _guarded(name: str, run: Run, options: argparse.Namespace, world: World) -> int:
     """The stage with every failure turned into one line and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
@@ -229,9 +237,10 @@ def _shell(name: str, run: Run, options: argparse.Namespace, world: World) -> No
         decision = world.broadcast(decision)
         if decision.error is not None:
             raise decision.error
-        if decision.staging is None or decision.planned is None:
-            return
-        _run(name, run, options, world, decision)
+        assert decision.planned is not None
+        if decision.staging is not None:
+            _run(name, run, options, world, decision)
+        say_sealed(decision.planned.folder)
 
 
 def _decide(name: str, options: argparse.Namespace, held: contextlib.ExitStack) -> _Decision:
@@ -276,7 +285,10 @@ def _run(
         options={"ds": getattr(options, "ds", None), "engine": getattr(options, "engine", None)},
         cache_at=Path(os.environ.get(CACHE) or planned.folder.parent / "cache"),
     )
-    tracker = Tracker(planned.job, planned.folder.parent) if world.rank == 0 else None
+    # to other stages, forked with mlflow imported, a store that is away costs seconds, not a training
+    recorder = Recorder(planned.folder.parent) if name == "sft" and world.rank == 0 else None
+    aside = recorder.look if recorder else None
+    tracker = Tracker(planned.job, planned.folder.parent, aside) if world.rank == 0 else None
     started = time.monotonic()
     try:
         if tracker:
@@ -311,3 +323,6 @@ def _run(
             tracker.fail(planned, "KILLED" if killed else "FAILED", one_line(error))
             shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        if recorder:
+            recorder.close()

@@ -16,13 +16,11 @@ refuses for what it says is set aside.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +31,18 @@ from pipeline import artifact as art
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, UntaxedError, one_line
 from pipeline.graph import Planned
+from pipeline.reach import reach
 from pipeline.recipes import Job
-from pipeline.registry import ARTIFACTS, TIMEOUT, TIMEOUT_SECONDS, Registry, patient
+from pipeline.registry import (
+    ARTIFACTS,
+    TIMEOUT,
+    TIMEOUT_SECONDS,
+    Registry,
+    cut_off,
+    database_of,
+    log_files,
+    served,
+)
 from pipeline.spool import (
     Event,
     Metrics,
@@ -44,7 +52,6 @@ from pipeline.spool import (
     read_event,
     sealed,
     started,
-    still_sealed,
     uninterrupted,
 )
 
@@ -60,14 +67,6 @@ SETTINGS = {
 }
 MOST_METRICS, MOST_PARAMS, MOST_TAGS = 1000, 100, 100
 DATASET_DIGEST = 36
-FILES = {
-    "prep": ("sheet.json", "sheet.md"),
-    "pack": ("trained.txt",),
-    "sft": ("metrics.jsonl",),
-    "choose": ("choice.json", "points.jsonl", "*.png"),
-    "merge": ("README.md", "certificate.json"),
-    "eval": ("report.json", "report.html", "scores.json", "*.png", "*.svg"),
-}
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
@@ -80,68 +79,32 @@ def _experiment() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
-def _database(uri: str) -> Path | None:
-    """The file of a SQLite store; None for other stores."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+class Replay:
+    """Brings the spool below ``runs`` to the store; ``opened`` is called when that answers."""
 
-
-def _served(uri: str) -> bool:
-    return uri.startswith(("http:", "https:"))
-
-
-class Tracker:
-    """Records what happens to the stages of one job. Nothing here raises but a request to stop."""
-
-    def __init__(self, job: Job, runs: Path) -> None:
-        self.job = job
+    def __init__(self, runs: Path, opened: Callable[[], None] | None = None) -> None:
         self.runs = runs.resolve()
         self.spool = Spool(self.runs)
+        self.opened = opened or (lambda: None)
         self.warned = False
 
-    def start(self, planned: Planned) -> None:
-        """A stage begins or goes on."""
-        self._record(lambda: started(self.job, planned))
-
-    def finish(self, planned: Planned, artifact: Artifact, metrics: Metrics) -> None:
-        """A stage is sealed; ``metrics`` are (step, values)."""
-        self._record(lambda: sealed("finish", self.job, planned, artifact, metrics))
-
-    def fail(self, planned: Planned, status: str, message: str) -> None:
-        """A stage ended as FAILED or KILLED. What is sealed did not fail, whatever came after."""
-        if not (planned.folder / art.MANIFEST).exists():
-            self._record(lambda: failed(self.job, planned, status, message))
-
-    def seen(self, planned: Planned, artifact: Artifact) -> None:
-        """A sealed stage is skipped: record it if it is not. Costs no import when it is."""
-        self._record(lambda: sealed("seen", self.job, planned, artifact, ()))
-
-    def _record(self, make: Callable[[], Event]) -> None:
-        with uninterrupted():
-            try:
-                event = make()
-                if event["kind"] != "seen":
-                    self.spool.append(event)
-                elif self._recorded(event):
-                    return
-                elif not self.spool.waits(event):
-                    self.spool.append(event)
-                with self.spool.held():
-                    self._drain()
-            except Exception as error:
-                self._warn(f"{one_line(error)[:300]}; recorded later, from {self.spool.folder}")
-
-    def _recorded(self, event: Event) -> bool:
-        uri = store_uri(self.runs)
-        database = _database(uri)
-        gone = database is not None and not database.exists()
-        return not gone and self.spool.mark(f"{uri} {_experiment()}", event).exists()
+    def now(self) -> bool:
+        """Record what waits; False, and one line for the first time, where that cannot be."""
+        try:
+            with self.spool.held():
+                self._drain()
+            return True
+        except Exception as error:
+            self._warn(f"{one_line(error)[:300]}; recorded later, from {self.spool.folder}")
+            return False
 
     def _drain(self) -> None:
         """Record all events that wait, in order; stops at the first one that it cannot record."""
         waiting = self.spool.waiting()
-        if not waiting:
+        if not waiting or cut_off(store_uri(self.runs)):
             return
         store = connect(self.runs)
+        self.opened()
         for path in waiting:
             event = read_event(path)
             try:
@@ -171,11 +134,65 @@ class Tracker:
             print(line, file=sys.stderr, flush=True)
 
 
+class Tracker(Replay):
+    """Records what happens to the stages of one job. Nothing here raises but a request to stop.
+
+    With ``aside`` events are put in the spool and no more, and it is told that there is one.
+    """
+
+    def __init__(self, job: Job, runs: Path, aside: Callable[[], None] | None = None) -> None:
+        super().__init__(runs)
+        self.job, self.aside = job, aside
+
+    def start(self, planned: Planned) -> None:
+        """A stage begins or goes on."""
+        self._record(lambda: started(self.job, planned))
+
+    def finish(self, planned: Planned, artifact: Artifact, metrics: Metrics) -> None:
+        """A stage is sealed; ``metrics`` are (step, values)."""
+        self._record(lambda: sealed("finish", self.job, planned, artifact, metrics))
+
+    def fail(self, planned: Planned, status: str, message: str) -> None:
+        """A stage ended as FAILED or KILLED. What is sealed did not fail, whatever came after."""
+        if not (planned.folder / art.MANIFEST).exists():
+            self._record(lambda: failed(self.job, planned, status, message))
+
+    def seen(self, planned: Planned, artifact: Artifact) -> None:
+        """A sealed stage is skipped: record it if it is not. Costs no import when it is."""
+        self._record(lambda: sealed("seen", self.job, planned, artifact, ()))
+
+    def send(self) -> int:
+        """Record what waits; returns how many events still do."""
+        self._record(None)
+        return len(self.spool.waiting())
+
+    def _record(self, make: Callable[[], Event] | None) -> None:
+        with uninterrupted():
+            try:
+                event = make() if make else None
+                if event and event["kind"] == "seen" and self._recorded(event):
+                    return
+                if event and not (event["kind"] == "seen" and self.spool.waits(event)):
+                    self.spool.append(event)
+                if self.aside:
+                    self.aside()
+                    return
+            except Exception as error:
+                self._warn(f"{one_line(error)[:300]}; recorded later, from {self.spool.folder}")
+                return
+            self.now()
+
+    def _recorded(self, event: Event) -> bool:
+        uri = store_uri(self.runs)
+        database = database_of(uri)
+        gone = database is not None and not database.exists()
+        return not gone and self.spool.mark(f"{uri} {_experiment()}", event).exists()
+
+
 def _refused(error: Exception) -> bool:
     """True if the event is at fault and not the store: it would fail for ever."""
-    if isinstance(error, LookupError | TypeError | FileNotFoundError | DataError):
-        return True
-    return getattr(error, "error_code", None) in REFUSALS
+    own = isinstance(error, LookupError | TypeError | FileNotFoundError | DataError)
+    return own or getattr(error, "error_code", None) in REFUSALS
 
 
 @dataclass(frozen=True)
@@ -195,23 +212,24 @@ def load_mlflow() -> Callable[..., Any]:
         os.environ.setdefault(name, value)
     import mlflow
 
-    client: Callable[..., Any] = mlflow.MlflowClient
-    return client
+    return mlflow.MlflowClient  # type: ignore[no-any-return]
 
 
 def connect(runs: Path) -> Store:
     """Open the store and make its experiment; any error means that it cannot be used now."""
     uri = store_uri(runs)
+    if served(uri):
+        reach(uri, float(os.environ.get(TIMEOUT) or TIMEOUT_SECONDS))
     make_client = load_mlflow()
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(os.environ["MLFLOW_LOGGING_LEVEL"])
-    if not _served(uri):
+    if not served(uri):
         import mlflow.store.db.utils
 
         mlflow.store.db.utils.MAX_RETRY_COUNT = 3  # ten take minutes of a training
     store = f"{uri} {_experiment()}"
     registry_uri = os.environ.get("MLFLOW_REGISTRY_URI") or uri
-    database = _database(uri)
+    database = database_of(uri)
     # Processes that create the tables of one SQLite file together break each other.
     first = locked(database.with_name(f"{database.name}.lock")) if database else None
     with first or contextlib.nullcontext():
@@ -219,7 +237,7 @@ def connect(runs: Path) -> Store:
             shutil.rmtree(Spool(runs).marks(store), ignore_errors=True)
         client = make_client(tracking_uri=uri)
         experiment = _open_experiment(client, uri, runs)
-    registry = Registry(client, experiment, runs, _served(registry_uri))
+    registry = Registry(client, experiment, runs, served(registry_uri))
     return Store(client, store, experiment, runs, registry)
 
 
@@ -230,7 +248,7 @@ def _open_experiment(client: Any, uri: str, runs: Path) -> str:
     name = _experiment()
     found = client.get_experiment_by_name(name)
     if found is None:
-        place = None if _served(uri) else (runs / ARTIFACTS).as_uri()
+        place = None if served(uri) else (runs / ARTIFACTS).as_uri()
         try:
             return str(client.create_experiment(name, artifact_location=place))
         except MlflowException:
@@ -256,7 +274,7 @@ def apply(store: Store, event: Event) -> None:
     # A parameter cannot be changed; what the run has is left as it is.
     missing = {k: v for k, v in event["params"].items() if k not in run.data.params}
     _log(store, run, event["tags"], missing, event.get("metrics", ()), event.get("metrics_at"))
-    _log_files(store, run, event)
+    log_files(store.client, run.info.run_id, event, store.runs)
     if event["digest"]:
         _log_datasets(store, run, event["datasets"])
         if event["stage"] == "eval":
@@ -308,26 +326,6 @@ def _log(
     for kind, entries, most in groups:
         for first in range(0, len(entries), most):
             store.client.log_batch(run.info.run_id, **{kind: entries[first : first + most]})
-
-
-def _log_files(store: Store, run: Any, event: Event) -> None:
-    """The recipe, and for a sealed stage its manifest and its small files.
-
-    They go through a folder of copies: sealed files are read-only, and so would be what MLflow
-    makes of them, which could not be written a second time.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        (place / "recipe.json").write_text(json.dumps(event["recipe"], indent=1), encoding="utf-8")
-        found = event["digest"] and still_sealed(store.runs / event["folder"], event["digest"])
-        if found:
-            for name in (art.MANIFEST, *found.manifest.files):
-                wanted = (art.MANIFEST, *FILES.get(event["stage"], ()))
-                if any(fnmatch.fnmatch(name, pattern) for pattern in wanted):
-                    (place / name).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(found.folder / name, place / name)
-        with patient():
-            store.client.log_artifacts(run.info.run_id, str(place))
 
 
 def _log_datasets(store: Store, run: Any, datasets: Sequence[Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ LEFT_BEHIND = re.compile(
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
     """The project that every case gets a copy of."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -40,6 +40,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Its linker probes write past pytest's capture; they run once, and so before all cases.
     assert deepspeed.ops.__compatible_ops__
     folder = tmp_path_factory.mktemp("project")
+    (folder / "runs").mkdir()
+    shutil.copyfile(empty_database, folder / "runs" / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch, handlers_kept():
         patch.setenv("UNTAXED_DATA", str(folder))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,9 +106,11 @@ def handlers_kept() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Planned]:
+def chain(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> dict[str, Planned]:
     """Every stage run through its own command line, in order."""
     folder = tmp_path_factory.mktemp("choosing")
+    (folder / "runs").mkdir()
+    shutil.copyfile(empty_database, folder / "runs" / "mlflow.db")
     make_model(folder / "base")
     make_tokenizer(folder / "base")
     job = JOB | {"base": {"source": str(folder / "base")}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -93,9 +94,13 @@ def job_of(base: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Planned]]:
+def chain(
+    tmp_path_factory: pytest.TempPathFactory, empty_database: Path
+) -> Iterator[dict[str, Planned]]:
     """Every stage run through its own command line, in order."""
     folder = tmp_path_factory.mktemp("chain")
+    (folder / "runs").mkdir()
+    shutil.copyfile(empty_database, folder / "runs" / "mlflow.db")
     base = folder / "base"
     make_model(base)
     make_tokenizer(base)

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from parts import ROOT
 
+pytestmark = pytest.mark.slow
+
 FORK = """
 import os, signal, sys, threading
 import pipeline.warm, numpy, torch

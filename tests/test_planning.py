@@ -78,3 +78,22 @@ def test_full_fine_tuning_is_said_not_to_be_planned(
     code, text = planned(tmp_path, capsys, "--set", "sft.lora=null")
     assert code == 0
     assert "memory: not planned, sft.lora is null" in text
+
+
+def test_minutes_of_each_stage_are_printed_or_said_to_be_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNTAXED_DATA", str(tmp_path))
+    options = ("--world-size", "8", "--device", "h100-80g")
+    code, text = planned(tmp_path, capsys, *options)
+    assert code == 0
+    rows = {line.split()[1]: line.split()[3:-1] for line in text.splitlines() if "\u2502" in line}
+    assert float(rows["anchor"][-1]) > 1 and rows["sft"][0] == "8"
+    assert rows["eval"][-3:] == ["not", "known", "yet"], "public sets are not in this data root"
+    own = (
+        'eval.suites=[{name: a, measures: harmful, source: "sample:harmful", max_new_tokens: 512}]'
+    )
+    gate = "eval.gate=[{metric: harmful_refusal, at_least: 0.9}]"
+    _, text = planned(tmp_path, capsys, *options, "--set", own, "--set", gate)
+    rows = {line.split()[1]: line.split()[3:-1] for line in text.splitlines() if "\u2502" in line}
+    assert rows["baseline"] == rows["eval"] and float(rows["eval"][-1]) > 1

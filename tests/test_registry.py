@@ -27,6 +27,7 @@ def test_the_released_version_can_be_loaded(play: Callable[..., Play]) -> None:
     assert version.tags == {
         "untaxed.digest": merged.digest,
         "untaxed.key": job.planned["merge"].key,
+        "untaxed.gate": "passed",
     }
     assert version.run_id == records.stage("merge").info.run_id
     found = records.client.get_model_version_by_alias("untaxed-tiny", "released")
@@ -59,12 +60,12 @@ def test_released_follows_the_gate_on_the_digest_that_was_evaluated(
     folder = Path(first.source.removeprefix("file://"))
     assert art.open_artifact(folder).digest == first.tags["untaxed.digest"]
     job.finish("eval", gate_passed=True)
-    assert records.aliases() == {"candidate": "2", "released": "2"}
+    assert records.aliases() == {"candidate": "2", "released": "2", "previous": "1"}
     # A stricter gate, the same weights: what did not pass is not released.
     gate = [{"metric": "harmful_refusal", "at_least": 0.99}]
     strict = play(eval=job.job.eval.model_dump(mode="json") | {"gate": gate})
     strict.finish("eval", gate_passed=False)
-    assert records.aliases() == {"candidate": "2"}
+    assert records.aliases() == {"candidate": "2", "previous": "1"}
     assert len(records.versions()) == 2
     assert len(records.parents()) == 2
 

@@ -12,6 +12,8 @@ from parts import ROOT
 
 from pipeline.artifact import Artifact
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,82 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from mlflow_server import Server
 from parts import ROOT
 from tracked import FILES, GATE, Play, Records, free_port
 
 from pipeline import artifact as art
+from pipeline import cli
 from pipeline.errors import Stopped
 from pipeline.graph import stages_of
 from pipeline.spool import flatten, short, uninterrupted
 
 pytest_plugins = ("tracked",)
-
-
-class Server:
-    """A real ``mlflow server`` that can be stopped and started again."""
-
-    def __init__(self, folder: Path, database: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        shutil.copyfile(database, folder / "server.db")
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        settings = {
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "OMP_NUM_THREADS": "1",
-        }
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=inherited | settings,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        give_up = time.monotonic() + 180
-        while time.monotonic() < give_up:
-            with contextlib.suppress(OSError):
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                    if answer.status == 200:
-                        return
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            time.sleep(0.1)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture()
 def server(tmp_path: Path, empty_database: Path) -> Iterator[Server]:
-    made = Server(tmp_path / "server", empty_database)
+    made = Server(tmp_path / "server")
+    shutil.copyfile(empty_database, made.folder / "server.db")
     yield made
     made.stop()
+
+
+def test_without_a_network_events_wait_for_a_process_that_has_one(
+    play: Callable[..., Play],
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a cluster, where stages that may run generated code reach no server."""
+    job = play()
+    words = ["track", "--job", str(ROOT / "jobs/quickstart.yaml"), "--runs", str(job.runs)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    monkeypatch.setenv("UNTAXED_NO_NETWORK", "1")
+    monkeypatch.setattr("pipeline.tracking.connect", lambda runs: 1 / 0)
+    job.through("prep")
+    assert len(job.waiting()) == 2 and capsys.readouterr().err == ""
+    assert cli.main(words) == 1
+    assert "2 events still wait; run this command again" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    server.start()
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out == "tracking: nothing waits\n"
+    assert job.waiting() == []
+    assert Records(job.runs).stage("prep").info.status == "FINISHED"
+
+
+def test_a_store_of_its_own_needs_no_network(
+    play: Callable[..., Play], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = play()
+    monkeypatch.setenv("UNTAXED_NO_NETWORK", "1")
+    job.through("prep")
+    assert job.waiting() == []
+    assert Records(job.runs).stage("prep").info.status == "FINISHED"
 
 
 def test_what_a_server_misses_is_replayed_in_order(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import yaml
 from parts import ROOT
 
 from pipeline import artifact as art
+from pipeline import cli
 
 STAGES = ["prep", "anchor", "pack", "sft", "merge", "baseline", "eval"]
 SUITES = {"harmful": "harmful", "borderline": "borderline", "ordinary": "benign"}
@@ -61,17 +63,22 @@ def tiny_job(base: Path) -> dict[str, Any]:
 class Workplace:
     """A job file and a runs folder, driven only by the console command."""
 
-    def __init__(self, folder: Path, base: Path) -> None:
+    def __init__(self, folder: Path, base: Path, store: Path | None = None) -> None:
         self.folder = folder
         self.job = folder / "tiny.yaml"
         self.runs = folder / "runs"
+        if store:
+            self.runs.mkdir()
+            shutil.copyfile(store, self.runs / "mlflow.db")
         self.write(tiny_job(base))
 
     def write(self, job: dict[str, Any]) -> None:
         self.job.write_text(yaml.safe_dump(job))
 
-    def untaxed(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pipeline.cli", *arguments, "--runs", str(self.runs)]
+    def untaxed(
+        self, *arguments: str, program: tuple[str, ...] = ("-m", "pipeline.cli")
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *program, *arguments, "--runs", str(self.runs)]
         return subprocess.run(
             command,
             cwd=ROOT,
@@ -81,8 +88,8 @@ class Workplace:
             timeout=400,
         )
 
-    def run(self, *more: str) -> subprocess.CompletedProcess[str]:
-        return self.untaxed("run", "--job", str(self.job), *more)
+    def run(self, *more: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return self.untaxed("run", "--job", str(self.job), *more, **options)
 
     def sealed(self) -> dict[str, set[str]]:
         """Names of the visible artifacts of each stage."""
@@ -92,9 +99,9 @@ class Workplace:
 
 @pytest.fixture(scope="module")
 def first(
-    tmp_path_factory: pytest.TempPathFactory, base_folder: Path
+    tmp_path_factory: pytest.TempPathFactory, base_folder: Path, empty_database: Path
 ) -> tuple[Workplace, subprocess.CompletedProcess[str]]:
-    workplace = Workplace(tmp_path_factory.mktemp("untaxed"), base_folder)
+    workplace = Workplace(tmp_path_factory.mktemp("untaxed"), base_folder, empty_database)
     return workplace, workplace.run()
 
 
@@ -126,48 +133,26 @@ def test_all_stages_and_the_report(first: First) -> None:
 def test_a_second_run_skips_everything_without_torch_or_mlflow(first: First) -> None:
     workplace, _ = first
     before = workplace.sealed()
-    started = time.monotonic()
-    again = workplace.run()
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count(": sealed (") == len(STAGES)
-    assert workplace.sealed() == before
-    # what a user is promised on two idle cores; a busy machine gets some slack
-    assert time.monotonic() - started < 60
     code = (
         "import sys; from pipeline.cli import main; code = main(sys.argv[1:]);"
         "heavy = {'torch', 'mlflow', 'transformers'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else code)"
     )
-    command = [sys.executable, "-c", code, "run", "--job", str(workplace.job)]
-    done = subprocess.run(
-        [*command, "--runs", str(workplace.runs)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    started = time.monotonic()
+    again = workplace.run(program=("-c", code))
+    assert again.returncode == 0, again.stderr
+    # what a user is promised on two idle cores; a busy machine gets some slack
+    assert time.monotonic() - started < 60
+    assert again.stderr.count(": sealed (") == len(STAGES)
+    assert workplace.sealed() == before
 
 
 @pytest.mark.slow
-def test_a_changed_gate_runs_eval_only(first: First, base_folder: Path) -> None:
+def test_a_changed_gate_runs_eval_only_and_jobs_are_put_side_by_side(
+    first: First, base_folder: Path
+) -> None:
     workplace, _ = first
     before = workplace.sealed()
-    job = tiny_job(base_folder)
-    job["eval"]["gate"][0]["at_least"] = 0.5
-    workplace.write(job)
-    planned = workplace.untaxed("plan", "--job", str(workplace.job))
-    assert planned.returncode == 0, planned.stderr
-    states = [line for line in planned.stdout.splitlines() if "to run" in line]
-    assert len(states) == 1 and "eval" in states[0]
-    assert "trainable parameters: 1,152" in planned.stdout  # of the adopted base's own shapes
-    done = workplace.run()
-    workplace.write(tiny_job(base_folder))
-    assert done.returncode == 0, done.stderr
-    after = workplace.sealed()
-    assert len(after.pop("eval") - before.pop("eval")) == 1
-    assert after == before
-
-
-@pytest.mark.slow
-def test_finished_jobs_are_put_side_by_side(first: First, base_folder: Path) -> None:
-    workplace, _ = first
     strict, out = workplace.folder / "strict.yaml", workplace.folder / "side"
     job = tiny_job(base_folder) | {"name": "strict"}
     job["eval"]["gate"][0]["at_least"] = 1.0
@@ -178,8 +163,16 @@ def test_finished_jobs_are_put_side_by_side(first: First, base_folder: Path) -> 
     (line,) = early.stderr.strip().splitlines()
     assert "strict.yaml: strict is not finished" in line and "eval to run: no artifact" in line
     assert f"untaxed run --job {strict} first" in line
+    planned = workplace.untaxed("plan", "--job", str(strict))
+    assert planned.returncode == 0, planned.stderr
+    states = [line for line in planned.stdout.splitlines() if "to run" in line]
+    assert len(states) == 1 and "eval" in states[0]
+    assert "trainable parameters: 1,152" in planned.stdout  # of the adopted base's own shapes
     done = workplace.untaxed("run", "--job", str(strict))
     assert done.returncode == 0, done.stderr
+    after = workplace.sealed()
+    assert len(after.pop("eval") - before.pop("eval")) == 1
+    assert after == before
     kept = (workplace.runs / "report.json").read_bytes()
     both = ("--compare", str(workplace.job), str(strict))
     done = workplace.untaxed("report", *both, "--out", str(out))
@@ -208,27 +201,34 @@ def test_a_changed_file_is_found_and_made_again(first: First) -> None:
     assert len(found.stderr.strip().splitlines()) == 1
 
 
-def test_a_failed_stage_gives_its_exit_code(tmp_path: Path, base_folder: Path) -> None:
-    workplace = Workplace(tmp_path, base_folder)
+def test_a_failed_stage_gives_its_exit_code(
+    tmp_path: Path, base_folder: Path, empty_database: Path
+) -> None:
+    workplace = Workplace(tmp_path, base_folder, empty_database)
     done = workplace.run("--set", "prep.sources.0.columns.prompt=question")
     assert done.returncode == 65
     assert "question" in done.stderr and "Traceback" not in done.stderr
     assert not workplace.sealed()["prep"] and not (workplace.runs / "report.json").exists()
 
 
-def test_a_report_of_a_job_that_never_ran_is_one_line(tmp_path: Path, base_folder: Path) -> None:
+def test_a_report_of_a_job_that_never_ran_is_one_line(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workplace = Workplace(tmp_path, base_folder)
-    done = workplace.untaxed("report", "--job", str(workplace.job))
-    assert done.returncode == 65 and not workplace.runs.exists()
-    (line,) = done.stderr.strip().splitlines()
+    arguments = ["--job", str(workplace.job), "--runs", str(workplace.runs)]
+    assert cli.main(["report", *arguments]) == 65 and not workplace.runs.exists()
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert "tiny is not finished" in line and "untaxed run --job" in line
 
 
-def test_plan_writes_nothing(tmp_path: Path, base_folder: Path) -> None:
+def test_plan_writes_nothing(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workplace = Workplace(tmp_path, base_folder)
-    done = workplace.untaxed("plan", "--job", str(workplace.job))
-    assert done.returncode == 0, done.stderr
-    assert all(stage in done.stdout for stage in STAGES)
+    arguments = ["--job", str(workplace.job), "--runs", str(workplace.runs)]
+    assert cli.main(["plan", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert all(stage in said for stage in STAGES)
     assert not workplace.runs.exists()
 
 
@@ -245,13 +245,26 @@ def test_plan_writes_nothing(tmp_path: Path, base_folder: Path) -> None:
     ],
 )
 def test_a_wrong_command_line_is_one_line(
-    tmp_path: Path, arguments: tuple[str, ...], words: str
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
-    if arguments[0] != "walk":
-        command += ["--runs", str(tmp_path / "runs")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 78
-    lines = done.stderr.strip().splitlines()
+    monkeypatch.chdir(ROOT)
+    runs = () if arguments[0] == "walk" else ("--runs", str(tmp_path / "runs"))
+    try:
+        code: Any = cli.main([*arguments, *runs])
+    except SystemExit as error:  # of the option parser
+        code = error.code
+    assert code == 78
+    lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_real_process_has_the_same_exit_code() -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "walk"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert len(done.stderr.splitlines()) == 1

@@ -74,7 +74,8 @@ class Torture:
         if self.state["reference"] is None:
             self.fresh()
             for stage in STAGES:
-                self.finish(stage)
+                if not self.sealed(stage):
+                    self.finish(stage)
             self.state["reference"] = self.results()
             self.keep()
         while self.state["waiting"] or self.state.get("open"):
@@ -98,7 +99,7 @@ class Torture:
         return [kill for kill in self.state["waiting"] if kill["stage"] == stage]
 
     def fresh(self) -> None:
-        """Only the base and the rows are there."""
+        """Only the base and the rows are there; in short, prep and pack are sealed as well."""
         shutil.rmtree(self.folder, ignore_errors=True)
         copy(self.prepared, self.folder)
 
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     prepared = options.folder / "prepared"
     if not (prepared / "ready").exists():
         shutil.rmtree(prepared, ignore_errors=True)
-        prepare(prepared, rows=40, epochs=2 if options.short else 6, seal=False)
+        prepare(prepared, rows=40, epochs=2 if options.short else 6, seal=options.short)
         (prepared / "ready").touch()
     states = {}
     for engine in options.engine:

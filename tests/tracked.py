@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -23,8 +24,6 @@ from pipeline.graph import Workspace, plan_job
 from pipeline.jobfile import parse_job
 from pipeline.recipes import Job
 from pipeline.tracking import Tracker, store_uri
-
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 GATE = {"gate_passed": True, "aligned_harmful_refusal": 0.97}
 FILES = {
@@ -92,16 +91,6 @@ class Play:
 
 
 @pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite store with its tables and nothing in them: making them takes seconds."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture(scope="session")
 def adopted(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """A runs folder that has adopted base and data, to be copied."""
     runs = tmp_path_factory.mktemp("adopted") / "runs"
@@ -109,19 +98,27 @@ def adopted(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path
     return runs
 
 
+STATED = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_REGISTRY_URI")
+
+
 @pytest.fixture()
-def play(
-    tmp_path: Path,
-    adopted: Path,
-    empty_database: Path,
-    base_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Play]:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_REGISTRY_URI"):
+def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store lies among the artifacts, whatever the environment says."""
+    for name in STATED:
         monkeypatch.delenv(name, raising=False)
-    runs = tmp_path / "runs"
+
+
+def make_runs(runs: Path, adopted: Path, empty_database: Path) -> None:
     shutil.copytree(adopted, runs)
     shutil.copyfile(empty_database, runs / "mlflow.db")
+
+
+@pytest.fixture()
+def play(
+    tmp_path: Path, adopted: Path, empty_database: Path, base_folder: Path, own_store: None
+) -> Callable[..., Play]:
+    runs = tmp_path / "runs"
+    make_runs(runs, adopted, empty_database)
     return lambda name="tiny", **changes: Play(runs, base_folder, name, **changes)
 
 
@@ -134,7 +131,8 @@ class Records:
         self.client = MlflowClient(tracking_uri=store_uri(runs))
 
     def all_runs(self) -> list[Any]:
-        found = self.client.get_experiment_by_name("untaxed")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "untaxed")
+        found = self.client.get_experiment_by_name(name)
         return list(self.client.search_runs([found.experiment_id], max_results=1000))
 
     def parents(self) -> list[Any]:
@@ -166,9 +164,9 @@ class Records:
         aliases = self.client.get_registered_model(f"untaxed-{job}").aliases
         return {name: str(version) for name, version in aliases.items()}
 
-    def picture(self) -> Any:
-        """Everything that a repeated event could double or change, but times of ending."""
-        runs = [
+    def runs(self) -> list[Any]:
+        """Of each run all that a repeated event could double or change, but the time of its end."""
+        found = [
             (
                 run.info.run_name,
                 run.info.status,
@@ -182,8 +180,17 @@ class Records:
             )
             for run in self.all_runs()
         ]
+        return sorted(found, key=lambda run: run[0])
+
+    def picture(self) -> Any:
+        """The runs, and what the registry holds."""
         versions = [(v.version, v.source, v.tags) for v in self.versions()]
-        return sorted(runs, key=lambda run: run[0]), versions, self.aliases()
+        return self.runs(), versions, self.aliases()
+
+    def without_ids(self, told: Any) -> str:
+        """In one text, without the names that a store gives itself."""
+        text = json.dumps(told, indent=1, sort_keys=True)
+        return re.sub(r"\b(m-)?[0-9a-f]{32}\b", "ID", text)
 
     def history(self, run: Any, name: str) -> list[Any]:
         return list(self.client.get_metric_history(run.info.run_id, name))

@@ -59,6 +59,16 @@ def find_source(source: SourceRecipe, workspace: Workspace) -> Artifact | None:
         return None
 
 
+def place_of(source: SourceRecipe, workspace: Workspace) -> Artifact | Path | None:
+    """Where the rows of ``source`` can be read now, adopted or not; None for what would have to be
+    fetched or is not there. Writes nothing."""
+    found = find_source(source, workspace)
+    try:
+        return found or (None if _is_remote(source) else _file(source, workspace))
+    except DataError:
+        return None
+
+
 def adopt_source(source: SourceRecipe, workspace: Workspace) -> Artifact:
     """The adopted rows of ``source``, adopting them now if needed.
 

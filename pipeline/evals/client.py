@@ -26,6 +26,7 @@ T = TypeVar("T")
 Item = TypeVar("Item")
 
 ADDRESS, KEY = "UNTAXED_ENDPOINT", "UNTAXED_API_KEY"
+ALIGNED_ADDRESS = "UNTAXED_ALIGNED_ENDPOINT"
 TRIES = 8  # with the waits between them about two minutes
 REPLY_TRIES = 3
 FIRST_TRIES = 3
@@ -54,33 +55,38 @@ class Refused(DataError):
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server is, without the slash at the end, and the key that it wants."""
+    """Where a server is, without the slash at the end, the key that it wants, and the variable that
+    says so."""
 
     url: str
     key: str | None = field(default=None, repr=False)
+    variable: str = ADDRESS
 
     @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> Server:
-        """The server that this machine names. RecipeError when it names none, or none that can be."""
-        url = environment.get(ADDRESS, "").strip().rstrip("/")
+    def here(cls, environment: Mapping[str, str] = os.environ, *, aligned: bool = False) -> Server:
+        """The server that this machine names; with ``aligned`` that of the aligned model, where it has
+        one of its own. RecipeError when it names none, or none that can be."""
+        own = aligned and environment.get(ALIGNED_ADDRESS, "").strip()
+        variable = ALIGNED_ADDRESS if own else ADDRESS
+        url = environment.get(variable, "").strip().rstrip("/")
         key = environment.get(KEY, "").strip() or None
-        wanted = f"{ADDRESS} has to name the server, such as http://127.0.0.1:8000/v1"
+        wanted = f"{variable} has to name the server, such as http://127.0.0.1:8000/v1"
         if not url:
-            raise RecipeError(f"the job asks a server, and {ADDRESS} is not set; {wanted}")
+            raise RecipeError(f"the job asks a server, and {variable} is not set; {wanted}")
         try:
             parts = urlsplit(url)
             known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
-            raise RecipeError(f"{ADDRESS} is no address; {wanted}") from None
+            raise RecipeError(f"{variable} is no address; {wanted}") from None
         if parts.username is not None or parts.query or parts.fragment:
             raise RecipeError(
-                f"{ADDRESS} holds more than an address; a key belongs into {KEY}, which nothing records"
+                f"{variable} holds more than an address; a key belongs into {KEY}, which nothing records"
             )
         if not known or not url.isascii() or any(c.isspace() for c in url):
-            raise RecipeError(f"{ADDRESS}={url!a} is no address; {wanted}")
+            raise RecipeError(f"{variable}={url!a} is no address; {wanted}")
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise RecipeError(f"{KEY} holds what no key can hold (spaces or control characters)")
-        return cls(url, key)
+        return cls(url, key, variable)
 
 
 class Client:
@@ -191,8 +197,8 @@ class Client:
             raise RecipeError(f"{where}: {said}; {KEY} is {state}: set it to a key of this server")
         if status < 400 or status in (404, 405, 501):
             raise RecipeError(
-                f"{where}: {said}; wanted an OpenAI-compatible server: correct {ADDRESS}, which mostly"
-                " ends in /v1"
+                f"{where}: {said}; wanted an OpenAI-compatible server: correct"
+                f" {self.server.variable}, which mostly ends in /v1"
             )
         raise Refused(f"{where}: {said}")
 

@@ -32,28 +32,35 @@ PROBE_TOKENS = 32
 SAME_NATS = 0.01
 
 
-def connect(served: ServedModel, chat: Chat, sampling: Sampling, context: Context) -> Endpoint:
-    """The model ``served`` on the server that this machine names. RecipeError when there is no such
-    model, UntaxedError when there is no server."""
+def connect(
+    served: ServedModel,
+    chat: Chat,
+    sampling: Sampling,
+    context: Context,
+    *,
+    aligned: bool = False,
+) -> Endpoint:
+    """The model ``served`` on the server that this machine names, with ``aligned`` for that model.
+    RecipeError when there is no such model, UntaxedError when there is no server."""
     if served.prompt == "chat" and chat.recipe.generation_prompt is not None:
         raise RecipeError(
             "endpoint.prompt: chat leaves the prompt to the server's template, and"
             " chat.generation_prompt says how it ends; leave one of them out"
         )
-    client, reported = find_served(served, sampling.batch_rows, context)
+    client, reported = find_served(served, sampling.batch_rows, context, aligned=aligned)
     return Endpoint(client, served, reported, chat, sampling, context)
 
 
 def find_served(
-    served: ServedModel, connections: int, context: Context
+    served: ServedModel, connections: int, context: Context, *, aligned: bool = False
 ) -> tuple[Client, dict[str, Any]]:
     """A client of this machine's server, and what that says of ``served``; raises as ``connect``."""
-    server = Server.here()
+    server = Server.here(aligned=aligned)
     client = Client(server, context.execution.request_timeout_seconds, connections)
     try:
         models = client.ask("/models", None, models_of, tries=FIRST_TRIES)
     except Failed as error:
-        raise UntaxedError(f"{error}; start the server, or correct UNTAXED_ENDPOINT") from None
+        raise UntaxedError(f"{error}; start the server, or correct {server.variable}") from None
     if served.model not in models:
         names = ascii(", ".join(sorted(models)) or "none")[1:-1]
         raise RecipeError(
@@ -289,7 +296,7 @@ def check_changed(base: Endpoint, aligned: Endpoint, requests: Sequence[Request]
     if words > noise or nats > max(SAME_NATS, 3 * noise_nats):
         return
     raise DataError(
-        f"{base.client.server.url}: {aligned.served.model} answers {len(first)} probes as"
+        f"{aligned.client.server.url}: {aligned.served.model} answers {len(first)} probes as"
         f" {base.served.model} does ({words} differ in words, log-probabilities by {nats:.1e} at most;"
         f" {base.served.model} asked twice: {noise} and {noise_nats:.1e}); serve the merged model under"
         " that name"

@@ -1,7 +1,7 @@
 """What trains with what: method x quantization x engine, the one place that says so. Torch-free.
 
 Asked before a model is loaded. All of NF4 and of LoRA has been run on CPUs, but for offload; of full
-fine-tuning one process, FSDP2 and ZeRO-3 (tests/train/test_engines.py, test_quantized.py).
+fine-tuning one process, FSDP2 and ZeRO-3 (tests/train/test_engines.py).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from serving import Asked, RealModels, Said, as_json, completion, models, script
 from pipeline.data.chat import Chat
 from pipeline.errors import DataError, RecipeError, UntaxedError
 from pipeline.evals import endpoint
-from pipeline.evals.client import Client, Server
+from pipeline.evals.client import ADDRESS, ALIGNED_ADDRESS, Client, Server
 from pipeline.evals.generate import loss
 from pipeline.evals.score import Sampling
 from pipeline.graph import STAGES
@@ -263,3 +263,12 @@ def test_a_stop_leaves_no_answer_half_told() -> None:
         signal.signal(signal.SIGINT, before)
     assert told[:4] == ["A began", "A ended", "B began", "B ended"]
     assert told.count("B began") == 1
+
+
+def test_the_aligned_model_may_have_an_address_of_its_own() -> None:
+    one, own = {ADDRESS: "http://host:1/v1"}, {ALIGNED_ADDRESS: "http://host:2/v1"}
+    assert Server.here(one, aligned=True).url == "http://host:1/v1"
+    assert Server.here(one | own, aligned=True).url == "http://host:2/v1"
+    assert Server.here(one | own).url == "http://host:1/v1"
+    with pytest.raises(RecipeError, match=f"^{ALIGNED_ADDRESS}='host:2' is no address"):
+        Server.here(one | {ALIGNED_ADDRESS: "host:2"}, aligned=True)

@@ -20,16 +20,10 @@ from serving import Answer, Asked, RealModels, Said, serving
 from pipeline import anchor, baseline, eval
 from pipeline.artifact import Artifact
 from pipeline.errors import DataError, RecipeError, UntaxedError
+from pipeline.evals.client import ALIGNED_ADDRESS
 from pipeline.evals.score import measure, read_lines, tally
 from pipeline.graph import AnchorStep, BaselineStep, EvalStep
-from pipeline.recipes import (
-    AnchorRecipe,
-    ChatRecipe,
-    Check,
-    EvalEndpoint,
-    EvalRecipe,
-    ServedModel,
-)
+from pipeline.recipes import AnchorRecipe, ChatRecipe, Check, EvalEndpoint, EvalRecipe, ServedModel
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
 SECRET = "sk-do-not-tell-4711"
@@ -38,11 +32,13 @@ SUITES = sample_suites(NAMES, max_new_tokens=16)
 ROWS = 8
 
 
-@pytest.fixture()
-def inputs(tmp_path: Path, runs: Path, folders: dict[str, Path]) -> dict[str, Artifact]:
+@pytest.fixture(scope="module")
+def inputs(
+    tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]
+) -> dict[str, Artifact]:
     """Base, suites, prompts to answer, and a merged model after a training."""
-    (tmp_path / "real").mkdir()
-    prep = Prep(tmp_path / "real")
+    runs = tmp_path_factory.mktemp("inputs")
+    prep = Prep(tmp_path_factory.mktemp("prep"))
     prep.run(sample("ordinary", "train", kind="anchor", limit=12))
 
     def rows(name: str) -> Callable[[Path], None]:
@@ -101,6 +97,12 @@ def scored(
     return out, baseline.run(step, inputs, out, context(tmp_path / f"{name}.scratch"))
 
 
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact]) -> Path:
+    """The baseline of the model in this process, which those of a server are held against."""
+    return scored(tmp_path_factory.mktemp("here"), inputs, "here")[0]
+
+
 def served(prompt: Any = "tokens") -> dict[str, Any]:
     return {"endpoint": ServedModel(model="base", prompt=prompt)}
 
@@ -127,9 +129,8 @@ def test_anchors_of_a_server_are_the_embedded_ones(
 
 
 def test_a_baseline_of_a_server_is_the_embedded_one(
-    tmp_path: Path, inputs: dict[str, Artifact], real: RealModels
+    tmp_path: Path, inputs: dict[str, Artifact], here: Path, real: RealModels
 ) -> None:
-    here, _ = scored(tmp_path, inputs, "here")
     with serving(real):
         there, facts = scored(tmp_path, inputs, "there", **served())
     one, other = (read_lines(folder / "responses.jsonl") for folder in (here, there))
@@ -144,9 +145,8 @@ def test_a_baseline_of_a_server_is_the_embedded_one(
 
 @pytest.mark.parametrize("form", ["text", "chat"])
 def test_without_a_loss_all_else_is_measured(
-    tmp_path: Path, inputs: dict[str, Artifact], real: RealModels, form: str
+    tmp_path: Path, inputs: dict[str, Artifact], here: Path, real: RealModels, form: str
 ) -> None:
-    here, _ = scored(tmp_path, inputs, "here")
     with serving(real):
         there, facts = scored(tmp_path, inputs, "there", **served(form))
     one, other = (read_lines(folder / "responses.jsonl") for folder in (here, there))
@@ -195,12 +195,12 @@ def interrupting() -> Answer:
 def test_what_is_finished_is_never_asked_again(
     tmp_path: Path,
     inputs: dict[str, Artifact],
+    here: Path,
     real: RealModels,
     after: Answer,
     stopped_by: type[BaseException],
 ) -> None:
     """Of nine good answers three may be under way when the end comes."""
-    whole, _ = scored(tmp_path, inputs, "whole")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with serving(Failing(real, 9, after)), pytest.raises(stopped_by):
@@ -214,7 +214,7 @@ def test_what_is_finished_is_never_asked_again(
         out, _ = scored(tmp_path, inputs, "again", **served())
     asked = [body for body in site.posted() if body["max_tokens"] > 1]
     assert len(asked) == ROWS * len(SUITES) - len(kept)
-    one, other = (read_lines(folder / "responses.jsonl") for folder in (whole, out))
+    one, other = (read_lines(folder / "responses.jsonl") for folder in (here, out))
     assert without_loss(one) == without_loss(other)
 
 
@@ -319,6 +319,19 @@ def test_an_evaluation_of_a_server(
     for path in written:
         content = path.read_bytes()
         assert SECRET.encode() not in content and site.url.encode() not in content, path
+
+
+def test_each_model_on_a_server_of_its_own(
+    tmp_path: Path, inputs: dict[str, Artifact], real: RealModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a pod with two servers: neither knows the other's model."""
+
+    with serving(real) as after, serving(real) as before:
+        monkeypatch.setenv(ALIGNED_ADDRESS, after.url)
+        _, facts = evaluated(tmp_path, inputs, "aligned")
+    assert facts["generation"]["served"]["id"] == "aligned"
+    for site, name in ((before, "base"), (after, "aligned")):
+        assert {body["model"] for body in site.posted()} == {name}
 
 
 def test_the_base_in_place_of_the_merged_model_is_not_scored(

@@ -1,14 +1,15 @@
-"""QLoRA under every engine that can; what cannot is refused before a weight is read."""
+"""Which engine may train what; what cannot is refused before a weight is read.
+
+That QLoRA trains alike under every engine that can is shown in test_engines.py.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
-from training import RECIPE, ROOT, Launch, losses
+from training import RECIPE, ROOT
 
 from pipeline import sft
 from pipeline.artifact import Artifact
@@ -18,42 +19,6 @@ from pipeline.recipes import SftRecipe
 from pipeline.stage import Context
 
 NF4 = RECIPE | {"quantization": "nf4"}
-LAUNCHED = ("ddp", "zero1", "zero2", "zero3", "zero3, all sharded")
-
-
-@pytest.fixture(scope="module")
-def folder(
-    tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact], launch: Launch
-) -> Path:
-    """Every engine, in one launch of two processes; and one process."""
-    folder = tmp_path_factory.mktemp("quantized")
-    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
-    for limit in ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"):
-        config["zero_optimization"][f"stage3_{limit}"] = 0  # shipped, a tiny model stays whole
-    sharded = folder / "zero3.json"
-    sharded.write_text(json.dumps(config))
-    runs: list[dict[str, Any]] = []
-    for name in LAUNCHED:
-        place = {"engine": name} if name == "ddp" else {"ds": str(ROOT / f"ds_configs/{name}.json")}
-        if name.endswith("sharded"):
-            place = {"ds": str(sharded)}
-        runs.append({"out": str(folder / name), "recipe": NF4, **place})
-    launch(runs, inputs, folder)
-    out = folder / "single"
-    (out / "scratch").mkdir(parents=True)
-    options = {"engine": "single"}
-    context = Context(scratch=out / "scratch", options=options, console=Console(quiet=True))
-    sft.run(SftRecipe.model_validate(NF4), inputs, out, context)
-    return folder
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("engine", LAUNCHED)
-def test_quantized_training_is_that_of_one_process(folder: Path, engine: str) -> None:
-    expected, got = losses(folder / "single"), losses(folder / engine)
-    assert len(got) == len(expected) == 20
-    assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-4
-    assert expected[-1] <= expected[0] * 2 / 3
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -63,26 +63,37 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(ReplicatedEngine, "step", dying)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact]) -> Path:
+    """Runs of one process that nobody stops, by what they train."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name, recipe in (("lora", RECIPE), ("dropout", DROPOUT), ("full", FULL)):
+        train(recipe, inputs, folder / name, folder / f"scratch-{name}")
+    return folder
+
+
 @pytest.mark.parametrize("step", [1, 2, 7, 20])
 def test_resume_is_bitwise_with_dropout(
-    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path,
+    inputs: dict[str, Artifact],
+    whole: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
 ) -> None:
-    train(DROPOUT, inputs, tmp_path / "whole", tmp_path / "scratch-whole")
     with monkeypatch.context() as patch:
         crash_at(patch, step)
         with pytest.raises(UntaxedError, match="killed"):
             train(DROPOUT, inputs, tmp_path / "first", tmp_path / "scratch")
     train(DROPOUT, inputs, tmp_path / "second", tmp_path / "scratch")
-    whole = (tmp_path / "whole" / ADAPTER).read_bytes()
-    assert (tmp_path / "second" / ADAPTER).read_bytes() == whole
-    assert losses(tmp_path / "second") == losses(tmp_path / "whole")
+    expected = (whole / "dropout" / ADAPTER).read_bytes()
+    assert (tmp_path / "second" / ADAPTER).read_bytes() == expected
+    assert losses(tmp_path / "second") == losses(whole / "dropout")
     assert len(list((tmp_path / "second").glob("epoch-*"))) == 10
 
 
 def test_a_damaged_checkpoint_is_passed_over(
-    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, inputs: dict[str, Artifact], whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(RECIPE, inputs, tmp_path / "whole", tmp_path / "scratch-whole")
     with monkeypatch.context() as patch:
         crash_at(patch, 9)
         with pytest.raises(UntaxedError):
@@ -97,7 +108,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     train(RECIPE, inputs, tmp_path / "second", tmp_path / "scratch", Console(file=said, width=200))
     assert "checkpoint-00000008-0004 is damaged" in said.getvalue()
     assert "going on after step 8" in said.getvalue()
-    assert losses(tmp_path / "second") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "second") == losses(whole / "lora")
 
 
 ENGINES: dict[str, dict[str, str]] = {
@@ -111,49 +122,72 @@ TWO_TO_TWO = (("zero3", "fsdp"), ("fsdp", "zero3"), ("ddp", "zero3"))
 TWO_TO_ONE = ("fsdp", "zero3")
 FULLY = (("zero3", "fsdp"), ("fsdp", "zero3"))
 BITWISE = ("fsdp", "zero3")
+ODD = (("lora", "zero3"), ("full", "zero3"), ("full", "fsdp"))
+ODDLY = {"lora": RECIPE | {"lora": LORA | {"rank": 1}}, "full": FULL}
 STOP = "step 11"
 
 
 @pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """A model whose tensors two ranks cannot share evenly: 129 channels, 609 tokens."""
+    folder = tmp_path_factory.mktemp("odd")
+    make_model(folder / "base", intermediate_size=129, vocab_size=609)
+    make_tokenizer(folder / "base")
+    base = adopt_folder(folder, folder / "base")
+    return {"base": base, "pack": make_pack(folder, base, epochs=10)}
+
+
+@pytest.fixture(scope="module")
 def folder(
-    tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact], launch: Launch
+    tmp_path_factory: pytest.TempPathFactory,
+    inputs: dict[str, Artifact],
+    odd: dict[str, Artifact],
+    whole: Path,
+    launch: Launch,
 ) -> Path:
-    """All runs of two processes, in one launch: stopped ones, and those that go on after them."""
+    """All runs of two processes, in one launch: stopped ones, and those that go on after them.
+
+    Several may go on after one that was stopped, each from a copy of its scratch folder.
+    """
     folder = tmp_path_factory.mktemp("worlds")
-    train(RECIPE, inputs, folder / "whole", folder / "scratch-whole")
     runs: list[dict[str, Any]] = []
 
-    def add(out: str, scratch: str, engine: str, **more: Any) -> None:
-        place = {"out": str(folder / out), "scratch": str(folder / scratch)}
-        runs.append({"recipe": RECIPE} | place | ENGINES[engine] | more)
+    def add(out: str, engine: str, recipe: dict[str, Any] = RECIPE, **more: Any) -> None:
+        place = {"out": str(folder / out), "scratch": str(folder / f"scratch-{out}")}
+        runs.append({"recipe": recipe} | place | ENGINES[engine] | more)
 
+    def go_on(out: str, engine: str, recipe: dict[str, Any], after: str, **more: Any) -> None:
+        add(out, engine, recipe, copy_of=str(folder / f"scratch-{after}"), **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, 11)
+        with pytest.raises(UntaxedError):
+            train(RECIPE, inputs, folder / "stopped-one", folder / "scratch-stopped-one")
     for engine in ONE_TO_TWO:
-        with pytest.MonkeyPatch.context() as patch:
-            crash_at(patch, 11)
-            with pytest.raises(UntaxedError):
-                train(RECIPE, inputs, folder / f"one-{engine}", folder / f"scratch-one-{engine}")
-        add(f"one-to-{engine}", f"scratch-one-{engine}", engine)
+        go_on(f"one-to-{engine}", engine, RECIPE, "stopped-one")
+    for first in dict.fromkeys(first for first, _ in TWO_TO_TWO):
+        add(f"stopped-{first}", first, stop_at=STOP)
     for first, second in TWO_TO_TWO:
-        add(f"stopped-{first}-{second}", f"scratch-{first}-{second}", first, stop_at=STOP)
-        add(f"{first}-to-{second}", f"scratch-{first}-{second}", second)
-    for first in TWO_TO_ONE:
-        add(f"stopped-{first}", f"scratch-{first}", first, stop_at=STOP)
-    for first, second in FULLY:
-        name = f"{first}-{second}-full"
-        add(f"stopped-{name}", f"scratch-{name}", first, recipe=FULL, stop_at=STOP)
-        add(f"{first}-to-{second}-full", f"scratch-{name}", second, recipe=FULL)
+        go_on(f"{first}-to-{second}", second, RECIPE, f"stopped-{first}")
     for engine in BITWISE:
-        for recipe, name in ((DROPOUT, engine), (FULL, f"{engine}-full")):
-            add(f"whole-{name}", f"scratch-whole-{name}", engine, recipe=recipe)
-            add(f"first-{name}", f"scratch-same-{name}", engine, recipe=recipe, stop_at=STOP)
-            add(f"same-{name}", f"scratch-same-{name}", engine, recipe=recipe)
+        for recipe, name in ((DROPOUT, f"{engine}-dropout"), (FULL, f"{engine}-full")):
+            add(f"whole-{name}", engine, recipe)
+            add(f"stopped-{name}", engine, recipe, stop_at=STOP)
+            go_on(f"same-{name}", engine, recipe, f"stopped-{name}")
+    for first, second in FULLY:
+        go_on(f"{first}-to-{second}-full", second, FULL, f"stopped-{first}-full")
+    for method, engine in ODD:
+        add(f"stopped-odd-{method}-{engine}", engine, ODDLY[method], stop_at=STOP, inputs=odd)
+        name = f"odd-{method}-{engine}"
+        go_on(name, engine, ODDLY[method], f"stopped-{name}", inputs=odd)
     launch(runs, inputs, folder)
     for first in TWO_TO_ONE:
-        train(RECIPE, inputs, folder / f"{first}-to-one", folder / f"scratch-{first}")
-        scratch = folder / f"scratch-one-{first}-full"
-        shutil.copytree(folder / f"scratch-same-{first}-full", scratch)
-        train(FULL, inputs, folder / f"{first}-to-one-full", scratch)
-    train(FULL, inputs, folder / "whole-full", folder / "scratch-whole-full")
+        for recipe, name in ((RECIPE, first), (FULL, f"{first}-full")):
+            scratch = folder / f"scratch-to-one-{name}"
+            shutil.copytree(folder / f"scratch-stopped-{name}", scratch)
+            train(recipe, inputs, folder / name.replace(first, f"{first}-to-one"), scratch)
+    for method, recipe in ODDLY.items():
+        train(recipe, odd, folder / f"odd-{method}-one", folder / f"scratch-odd-{method}-one")
     return folder
 
 
@@ -165,10 +199,10 @@ def folder(
     + [f"{first}-to-{second}-full" for first, second in FULLY]
     + [f"{first}-to-one{method}" for first in TWO_TO_ONE for method in ("", "-full")],
 )
-def test_another_world_or_engine_goes_on(folder: Path, name: str) -> None:
+def test_another_world_or_engine_goes_on(folder: Path, whole: Path, name: str) -> None:
     """The same rows, and the same loss within 1e-5 (fp32, no dropout)."""
-    whole = "whole-full" if name.endswith("-full") else "whole"
-    expected, got = losses(folder / whole), losses(folder / name)
+    method = "full" if name.endswith("-full") else "lora"
+    expected, got = losses(whole / method), losses(folder / name)
     assert len(got) == len(expected) == 20
     assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
     if "-to-one" not in name:
@@ -178,12 +212,12 @@ def test_another_world_or_engine_goes_on(folder: Path, name: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", BITWISE)
-@pytest.mark.parametrize(("method", "file"), [("", ADAPTER), ("-full", MODEL)])
+@pytest.mark.parametrize(("method", "file"), [("dropout", ADAPTER), ("full", MODEL)])
 def test_the_same_world_goes_on_bitwise(folder: Path, engine: str, method: str, file: str) -> None:
     """LoRA with dropout, and full fine-tuning."""
-    whole = (folder / f"whole-{engine}{method}" / file).read_bytes()
-    assert (folder / f"same-{engine}{method}" / file).read_bytes() == whole
-    assert losses(folder / f"same-{engine}{method}") == losses(folder / f"whole-{engine}{method}")
+    whole, same = (folder / f"{run}-{engine}-{method}" for run in ("whole", "same"))
+    assert (same / file).read_bytes() == (whole / file).read_bytes()
+    assert losses(same) == losses(whole)
 
 
 @pytest.mark.distributed
@@ -191,7 +225,7 @@ def test_the_same_world_goes_on_bitwise(folder: Path, engine: str, method: str, 
 def test_each_rank_keeps_its_own_shards_of_a_model_that_is_trained_fully(
     folder: Path, engine: str
 ) -> None:
-    (kept,) = (folder / f"scratch-same-{engine}-full").glob("checkpoint-*")
+    (kept,) = (folder / f"scratch-stopped-{engine}-full").glob("checkpoint-*")
     parts = [load_file(path) for path in sorted(kept.glob("*.safetensors"))]
     model = load_file(folder / f"whole-{engine}-full" / MODEL)
     assert len(parts) == 2
@@ -201,31 +235,12 @@ def test_each_rank_keeps_its_own_shards_of_a_model_that_is_trained_fully(
     assert max(held) <= 0.55 * three
 
 
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
-    """A model whose tensors two ranks cannot share evenly: 129 channels, 609 tokens."""
-    folder = tmp_path_factory.mktemp("odd")
-    make_model(folder / "base", intermediate_size=129, vocab_size=609)
-    make_tokenizer(folder / "base")
-    base = adopt_folder(folder, folder / "base")
-    inputs = {"base": base, "pack": make_pack(folder, base, epochs=10)}
-    runs: list[dict[str, Any]] = []
-    for name, engine in (("lora", "zero3"), ("full", "zero3"), ("full", "fsdp")):
-        recipe = FULL if name == "full" else RECIPE | {"lora": LORA | {"rank": 1}}
-        place = {"scratch": str(folder / f"scratch-{name}-{engine}"), "recipe": recipe}
-        place |= ENGINES[engine]
-        runs.append({"out": str(folder / f"first-{name}-{engine}"), "stop_at": STOP} | place)
-        runs.append({"out": str(folder / f"{name}-{engine}")} | place)
-        if not (folder / f"{name}-one").exists():
-            train(recipe, inputs, folder / f"{name}-one", folder / f"scratch-{name}-one")
-    launch(runs, inputs, folder)
-    return folder
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["lora-zero3", "full-zero3", "full-fsdp"])
-def test_shards_of_unlike_sizes_are_put_together_again(odd: Path, name: str) -> None:
-    expected, got = losses(odd / f"{name.split('-')[0]}-one"), losses(odd / name)
+@pytest.mark.parametrize(("method", "engine"), ODD)
+def test_shards_of_unlike_sizes_are_put_together_again(
+    folder: Path, method: str, engine: str
+) -> None:
+    expected, got = (losses(folder / f"odd-{method}-{where}") for where in ("one", engine))
     assert len(got) == len(expected) == 20
     assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
 

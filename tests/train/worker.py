@@ -1,12 +1,19 @@
-"""Runs sft.run for several engines in one group of processes: torchrun worker.py SPEC.json"""
+"""Runs sft.run for several engines in one group of two processes: python worker.py SPEC.json
+
+What all of it needs is imported once, and the ranks are forked from that: a launcher and two ranks
+would import it three times over.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,28 +21,54 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import deepspeed  # noqa: F401
+import torch
+from rich.console import Console
+
+from pipeline import artifact as art
+from pipeline import sft
+from pipeline.recipes import SftRecipe
+from pipeline.stage import Context
+from pipeline.train.world import init_world
+
+RANKS = 2
 
 
-def main(spec_path: str) -> None:
-    import torch
+def main(spec: Path) -> int:
+    """Fork the ranks and wait for them: 0 if all of them came to their end, else 1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in range(RANKS):
+        if os.fork() == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            code = 1
+            try:
+                train(spec)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sft.leave(code)
+    ended = [os.wait()[1] for _ in range(RANKS)]
+    return int(any(ended))
 
+
+def train(spec: Path) -> None:
     torch.set_num_threads(1)
-    from rich.console import Console
-
-    from pipeline import artifact as art
-    from pipeline import sft
-    from pipeline.recipes import SftRecipe
-    from pipeline.stage import Context
-    from pipeline.train.world import init_world
-
-    spec = json.loads(Path(spec_path).read_text())
-    inputs = {name: art.open_artifact(Path(folder)) for name, folder in spec["inputs"].items()}
     world = init_world(always=True, leave=sft.leave_for)
     assert world is not None
-    for run in spec["runs"]:
+    for run in json.loads(spec.read_text()):
+        inputs = {name: art.open_artifact(Path(folder)) for name, folder in run["inputs"].items()}
         out = Path(run["out"])
         scratch = Path(run.get("scratch", out / "scratch"))
+        world.barrier()  # the run before has ended on both
         if world.rank == 0:
+            if "copy_of" in run:
+                shutil.copytree(run["copy_of"], scratch)
             scratch.mkdir(parents=True, exist_ok=True)
             out.mkdir(parents=True, exist_ok=True)
         world.barrier()
@@ -81,9 +114,6 @@ def asked_to_stop(world: Any, place: str) -> Iterator[None]:
 def poisoned(train: Callable[[], Any], factor: float, out: Path) -> None:
     """Train with the loss of step 3 multiplied by ``factor`` before backward. Leaves error.txt, and a
     file ``unchanged`` if the weights are those after step 2."""
-    import torch
-
-    from pipeline import sft
     from pipeline.errors import UntaxedError
 
     made: list[Any] = []
@@ -121,7 +151,4 @@ def poisoned(train: Callable[[], Any], factor: float, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    from pipeline.sft import leave
-
-    main(sys.argv[1])
-    leave(0)
+    sys.exit(main(Path(sys.argv[1])))

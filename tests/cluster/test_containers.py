@@ -1,0 +1,253 @@
+"""The real launcher and the real image: pods are containers, and all of a small job runs in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cluster.minicluster import JOB_NAME, Manifest, MiniCluster, running
+from cluster.podman import USER, Podman, missing, wait_for
+from parts import ROOT, make_model, make_tokenizer, sample_rows
+
+from pipeline.cluster.objects import PART
+
+pytestmark = [pytest.mark.containers, pytest.mark.skipif(bool(missing()), reason=missing())]
+LOCAL = ROOT / "k8s" / "overlays" / "local"
+STAGES = ["prep", "anchor", "pack", "sft", "choose", "merge", "baseline", "eval"]
+SUITES = [
+    {"name": "harmful", "measures": "harmful", "source": "dev.jsonl", "max_new_tokens": 4},
+    {"name": "ordinary", "measures": "benign", "source": "sample:ordinary", "limit": 4}
+    | {"where": {"split": "heldout"}, "max_new_tokens": 4},
+]
+JOB: dict[str, Any] = {
+    "name": "small",
+    "base": {"source": "base"},
+    "prep": {
+        "sources": [
+            {"name": "harmful", "kind": "refusal", "source": "rows.jsonl"},
+            {"name": "benign", "kind": "anchor", "source": "sample:ordinary", "limit": 8}
+            | {"where": {"split": "train"}},
+        ],
+        "dev_fraction": 0.2,
+    },
+    "anchor": {"max_new_tokens": 4, "truncated": "keep"},
+    "sft": {
+        "lora": {"rank": 2, "targets": ["up_proj"], "layers": {"first": 2, "last": 4}},
+        "optimizer": {"learning_rate": 0.02},
+        "batch": {"rows": 4},
+        "epochs": 30,
+        "precision": "fp32",
+        "anchors": {"objective": "kl"},
+    },
+    "choose": {
+        "scales": [1.0],
+        "wanted": [{"metric": "benign_refusal", "at_most": 1.0}],
+    },
+    "eval": {"suites": SUITES, "gate": [{"metric": "benign_refusal", "at_most": 1.0}]},
+    "execution": {"checkpoint_seconds": 1},
+}
+TWO_PODS = {
+    "completions": 2,
+    "parallelism": 2,
+    "backoffLimit": 0,
+    "template": {
+        "spec": {
+            "containers": [
+                {
+                    "name": "stage",
+                    "env": [
+                        {"name": "PET_NNODES", "value": "2"},
+                        {"name": "PET_NPROC_PER_NODE", "value": "1"},
+                    ],
+                }
+            ]
+        }
+    },
+}
+
+
+@dataclass
+class Place:
+    """A cluster with the claims of one test, and the job and overlay that are launched there."""
+
+    folder: Path
+    cluster: MiniCluster
+    kubelet: Podman
+    job: Path
+    overlay: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.kubelet.claim("untaxed-runs")
+
+    def launch(self, *more: str) -> tuple[int, str]:
+        done = subprocess.run(self.words(*more), cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    def begin(self, *more: str) -> subprocess.Popen[bytes]:
+        """A launcher that is not waited for."""
+        with (self.folder / "launcher.log").open("ab") as log:
+            return subprocess.Popen(self.words(*more), cwd=ROOT, stdout=log, stderr=log)
+
+    def said(self) -> str:
+        """By launchers that were not waited for."""
+        return (self.folder / "launcher.log").read_text()
+
+    def words(self, *more: str) -> list[str]:
+        options = ["launch", str(self.job), "--overlay", str(self.overlay), *more]
+        return [sys.executable, "-m", "pipeline.cli", *options]
+
+    def pods(self, stage: str) -> list[Manifest]:
+        found = self.cluster.every("Pod")
+        return [pod for pod in found if pod["metadata"]["labels"][PART] == stage]
+
+    def sealed(self, stage: str) -> Path:
+        return next(f for f in self.runs.glob(f"{stage}-*") if (f / "manifest.json").exists())
+
+    def adapter(self) -> dict[str, bytes]:
+        """All files of the last epoch, but those that say when and where."""
+        folder = self.sealed("sft")
+        files = [f for f in folder.rglob("*.safetensors") if f.is_file()]
+        assert files
+        return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+@pytest.fixture()
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    kubelet = Podman(tmp_path, f"mini-{uuid.uuid4().hex[:8]}")
+    cluster = kubelet.cluster = MiniCluster(kubelet)
+    data = kubelet.claim("untaxed-data")
+    make_model(data / "base")
+    make_tokenizer(data / "base")
+    for name, rows in (("rows", sample_rows("harmful")[:16]), ("dev", sample_rows("harmful")[-4:])):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in data.rglob("*"):
+        os.chown(file, USER, USER)
+    job = tmp_path / "small.yaml"
+    job.write_text(yaml.safe_dump(JOB, sort_keys=False))
+    try:
+        with running(cluster, tmp_path, pause=0.2) as config:
+            monkeypatch.setenv("KUBECONFIG", str(config))
+            yield Place(tmp_path, cluster, kubelet, job, own_overlay(tmp_path, {}))
+    finally:
+        kubelet.close()
+
+
+def own_overlay(folder: Path, changes: dict[str, Manifest]) -> Path:
+    """The local overlay with the spec of some stages' Jobs changed."""
+    own = folder / f"overlay-{len(list(folder.glob('overlay-*')))}"
+    own.mkdir()
+    base = os.path.relpath(LOCAL, own)
+    patches = [
+        {
+            "target": {"kind": "Job", "name": stage},
+            "patch": yaml.safe_dump(
+                {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": stage}, "spec": spec}
+            ),
+        }
+        for stage, spec in changes.items()
+    ]
+    (own / "kustomization.yaml").write_text(
+        yaml.safe_dump({"resources": [base], "patches": patches})
+    )
+    return own
+
+
+def only(*stages: str) -> list[str]:
+    return [word for stage in stages for word in ("--stage", stage)]
+
+
+def memory(text: str) -> Manifest:
+    """The spec of a Job whose container may use no more."""
+    asked = {"cpu": "2", "memory": text, "ephemeral-storage": "2Gi"}
+    pod = {
+        "containers": [{"name": "stage", "resources": {"requests": asked, "limits": asked}}],
+        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}],
+    }
+    return {"template": {"spec": pod}}
+
+
+def test_a_whole_job_with_a_launcher_that_is_killed(place: Place) -> None:
+    first = place.begin()
+    wait_for(lambda: place.pods("anchor") or first.poll(), 240, "a pod of anchor")
+    assert first.poll() is None, place.said()
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    code, said = place.launch()
+    assert code == 0, said
+    assert [line for line in said.splitlines() if line.endswith(": complete")] == [
+        f"{stage}: complete" for stage in STAGES
+    ]
+    jobs = [job["metadata"]["name"] for job in place.cluster.every("Job")]
+    assert len(jobs) == len(STAGES), jobs
+    assert all(len(place.pods(stage)) == 1 for stage in STAGES)
+    for stage in STAGES:
+        assert place.sealed(stage)
+
+
+def test_two_pods_equal_two_processes_also_after_an_eviction(place: Place) -> None:
+    """ZeRO-3, the same world size and threads: the adapters are the same bytes."""
+    code, said = place.launch(*only("prep", "anchor", "pack", "sft"))
+    assert code == 0, said
+    wanted = place.adapter()
+    spread = own_overlay(place.folder, {"sft": TWO_PODS})
+    for evicted in (False, True):
+        shutil.rmtree(place.sealed("sft"))
+        for folder in place.runs.glob(".sft-*"):
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        with place.cluster.lock:  # what is complete under its key would not run again
+            for one in place.pods("sft"):
+                place.cluster.objects.pop(("Job", one["metadata"]["labels"][JOB_NAME]), None)
+                place.cluster.objects.pop(("Pod", one["metadata"]["name"]), None)
+        place.overlay = spread
+        launcher = place.begin(*only("sft"))
+        if evicted:
+            pods = wait_for(lambda: going(place), 180, "a checkpoint and two pods that train")
+            place.kubelet.evict(pods[1], grace=20)
+        assert launcher.wait(400) == 0, place.said()
+        assert place.adapter() == wanted
+        assert len(place.pods("sft")) == (4 if evicted else 2)
+
+
+def going(place: Place) -> list[Manifest]:
+    """The pods of two-pod training once a checkpoint is there."""
+    pods = [p for p in place.pods("sft") if p["status"]["phase"] == "Running"]
+    saved = list(place.runs.glob(".sft-*.scratch/checkpoints/*"))
+    return pods if len(pods) == 2 and saved else []
+
+
+def test_too_little_memory_is_told_and_not_hidden(place: Place) -> None:
+    place.overlay = own_overlay(place.folder, {"prep": memory("64Mi") | {"backoffLimit": 0}})
+    code, said = place.launch()
+    assert code != 0
+    assert "it ran out of memory" in said and "raise the memory of the stage" in said
+
+
+def test_bad_data_is_not_tried_again(place: Place) -> None:
+    rows = place.kubelet.claim("untaxed-data") / "rows.jsonl"
+    rows.write_text('{"prompt": ""}\n')
+    code, said = place.launch()
+    assert code == 65, said
+    assert len(place.pods("prep")) == 1
+    assert "rows.jsonl" in said
+
+
+def test_what_pods_may_not_do(place: Place) -> None:
+    """Root, a writable root file system and capabilities: none of them is had."""
+    code, said = place.launch(*only("prep"))
+    assert code == 0, said
+    pod = place.pods("prep")[0]
+    ids = {f.stat().st_uid for f in place.sealed("prep").rglob("*")}
+    assert ids == {USER}
+    assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
