@@ -208,6 +208,7 @@ def test_two_pods_equal_two_processes_also_after_an_eviction(place: Place) -> No
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
         with place.cluster.lock:  # what is complete under its key would not run again
             for one in place.pods("sft"):
+                place.kubelet.forget(one)
                 place.cluster.objects.pop(("Job", one["metadata"]["labels"][JOB_NAME]), None)
                 place.cluster.objects.pop(("Pod", one["metadata"]["name"]), None)
         place.overlay = spread
