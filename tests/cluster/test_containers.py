@@ -224,7 +224,7 @@ def test_two_pods_equal_two_processes_also_after_an_eviction(place: Place) -> No
 def going(place: Place) -> list[Manifest]:
     """The pods of two-pod training once a checkpoint is there."""
     pods = [p for p in place.pods("sft") if p["status"]["phase"] == "Running"]
-    saved = list(place.runs.glob(".sft-*.scratch/checkpoints/*"))
+    saved = list(place.runs.glob(".sft-*/**/checkpoint-*"))
     return pods if len(pods) == 2 and saved else []
 
 
