@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster.minicluster import MiniCluster, running
+from cluster.minicluster import MiniCluster, running, status
 from cluster.scripted import Scripted
 from parts import ROOT
 
@@ -46,6 +46,23 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 def untaxed(command: str, *more: str) -> int:
     return cli.main([command, str(JOB), "--overlay", str(LOCAL), *more])
+
+
+def evicting(start: Start) -> MiniCluster:
+    """Training is evicted once, and no pod of it is replaced alone, as over several nodes."""
+    lost = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+    evicted = status("Failed", 137) | {"conditions": [lost]}
+    cluster = start(sft=[evicted, status("Succeeded", 0, message="sealed sft-1")])
+    create = cluster.create
+
+    def alone(kind: str, body: dict[str, Any]) -> dict[str, Any]:
+        if kind == "Job" and "-sft-" in body["metadata"]["name"]:
+            body["spec"]["backoffLimit"] = 0
+            body["spec"].pop("podFailurePolicy")
+        return create(kind, body)
+
+    cluster.create = alone  # type: ignore[method-assign]
+    return cluster
 
 
 def beside(codes: list[int]) -> threading.Thread:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster.launched import STAGES, Start, beside, stages_started, untaxed
+from cluster.launched import STAGES, Start, beside, evicting, stages_started, untaxed
 from cluster.minicluster import MiniCluster, Refused, running, status
 from cluster.scripted import Scripted
 
@@ -303,18 +303,7 @@ def test_a_quota_on_pods_is_told_while_it_is_waited_out(
 
 
 def test_two_launchers_go_on_after_one_eviction_with_one_job(start: Start) -> None:
-    lost = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
-    evicted = status("Failed", 137) | {"conditions": [lost]}
-    cluster = start(sft=[evicted, status("Succeeded", 0, message="sealed sft-1")])
-    create = cluster.create
-
-    def alone(kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        if kind == "Job" and "-sft-" in body["metadata"]["name"]:
-            body["spec"]["backoffLimit"] = 0
-            body["spec"].pop("podFailurePolicy")
-        return create(kind, body)
-
-    cluster.create = alone  # type: ignore[method-assign]
+    cluster = evicting(start)
     codes: list[int] = []
     other = beside(codes)
     codes.append(untaxed("launch"))

@@ -7,11 +7,10 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from cluster.launched import JOB, LOCAL, STAGES, Start, beside, stages_started, untaxed
+from cluster.launched import JOB, LOCAL, STAGES, Start, beside, evicting, stages_started, untaxed
 from cluster.minicluster import status
 from parts import ROOT
 
@@ -104,19 +103,7 @@ def test_what_may_pass_is_tried_again_by_the_cluster(start: Start) -> None:
 
 def test_evicted_training_goes_on(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     """Where no pod is replaced alone, the launcher submits the whole Job again."""
-    lost = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
-    evicted = status("Failed", 137) | {"conditions": [lost]}
-    policy = "sft"
-    cluster = start(**{policy: [evicted, status("Succeeded", 0, message="sealed sft-1")]})
-    cluster_create = cluster.create
-
-    def alone(kind: str, body: dict[str, Any]) -> dict[str, Any]:
-        if kind == "Job" and "-sft-" in body["metadata"]["name"]:
-            body["spec"]["backoffLimit"] = 0
-            body["spec"].pop("podFailurePolicy")
-        return cluster_create(kind, body)
-
-    cluster.create = alone  # type: ignore[method-assign]
+    cluster = evicting(start)
     assert untaxed("launch") == 0
     said = capsys.readouterr().err
     assert "its pod was evicted: PreemptionByScheduler; going on as attempt 2" in said
