@@ -40,7 +40,7 @@ image:
 
 # After make image: the launcher, real containers in place of pods, MLflow on PostgreSQL and S3.
 cluster-test: $(READY)
-	$(BIN)/python -m pytest -q -m "" tests/cluster
+	$(BIN)/python -m pytest -q -m "" -n $(NPROC) --dist loadfile tests/cluster
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -125,12 +125,6 @@ class Podman:
         thread.start()
         self.stopping.append(thread)
 
-    def forget(self, pod: Manifest) -> None:
-        """Nothing is left of it, so that another pod may have its name."""
-        name = pod["metadata"]["name"]
-        podman("rm", "--force", "--time", "0", self._own(name))
-        shutil.rmtree(self.folder / "pods" / name)
-
     def evict(self, pod: Manifest, grace: int) -> None:
         """As a node that is drained does: SIGTERM, and SIGKILL after ``grace`` seconds."""
         name = pod["metadata"]["name"]

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from cluster.minicluster import JOB_NAME, Manifest, MiniCluster, running
+from cluster.minicluster import Manifest, MiniCluster, running
 from cluster.podman import USER, Podman, missing, wait_for
 from parts import ROOT, make_model, make_tokenizer, sample_rows
 
@@ -123,9 +123,20 @@ class Place:
         return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
-@pytest.fixture()
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    kubelet = Podman(tmp_path, f"mini-{uuid.uuid4().hex[:8]}")
+@dataclass
+class Whole:
+    """What was seen of a whole job whose launcher was killed, and what it left on its claims."""
+
+    said: str
+    jobs: list[str]
+    pods: dict[str, list[Manifest]]
+    place: Place
+
+
+@contextmanager
+def own_place(folder: Path) -> Iterator[Place]:
+    """A cluster of its own, with an empty claim for runs and a model and rows on the other."""
+    kubelet = Podman(folder, f"mini-{uuid.uuid4().hex[:8]}")
     cluster = kubelet.cluster = MiniCluster(kubelet)
     data = kubelet.claim("untaxed-data")
     make_model(data / "base")
@@ -134,14 +145,34 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for file in data.rglob("*"):
         os.chown(file, USER, USER)
-    job = tmp_path / "small.yaml"
+    job = folder / "small.yaml"
     job.write_text(yaml.safe_dump(JOB, sort_keys=False))
     try:
-        with running(cluster, tmp_path, pause=0.2) as config:
-            monkeypatch.setenv("KUBECONFIG", str(config))
-            yield Place(tmp_path, cluster, kubelet, job, own_overlay(tmp_path, {}))
+        with running(cluster, folder, pause=0.2) as config, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KUBECONFIG", str(config))
+            yield Place(folder, cluster, kubelet, job, own_overlay(folder, {}))
     finally:
         kubelet.close()
+
+
+@pytest.fixture()
+def place(tmp_path: Path) -> Iterator[Place]:
+    with own_place(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
+    with own_place(tmp_path_factory.mktemp("whole")) as place:
+        first = place.begin()
+        wait_for(lambda: place.pods("anchor") or first.poll(), 240, "a pod of anchor")
+        assert first.poll() is None, place.said()
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        code, said = place.launch()
+        assert code == 0, said
+        jobs = [job["metadata"]["name"] for job in place.cluster.every("Job")]
+        yield Whole(said, jobs, {stage: place.pods(stage) for stage in STAGES}, place)
 
 
 def own_overlay(folder: Path, changes: dict[str, Manifest]) -> Path:
@@ -178,47 +209,29 @@ def memory(text: str) -> Manifest:
     return {"template": {"spec": pod}}
 
 
-def test_a_whole_job_with_a_launcher_that_is_killed(place: Place) -> None:
-    first = place.begin()
-    wait_for(lambda: place.pods("anchor") or first.poll(), 240, "a pod of anchor")
-    assert first.poll() is None, place.said()
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    code, said = place.launch()
-    assert code == 0, said
-    assert [line for line in said.splitlines() if line.endswith(": complete")] == [
+def test_a_whole_job_with_a_launcher_that_is_killed(whole: Whole) -> None:
+    assert [line for line in whole.said.splitlines() if line.endswith(": complete")] == [
         f"{stage}: complete" for stage in STAGES
     ]
-    jobs = [job["metadata"]["name"] for job in place.cluster.every("Job")]
-    assert len(jobs) == len(STAGES), jobs
-    assert all(len(place.pods(stage)) == 1 for stage in STAGES)
-    for stage in STAGES:
-        assert place.sealed(stage)
+    assert len(whole.jobs) == len(STAGES), whole.jobs
+    assert all(len(pods) == 1 for pods in whole.pods.values())
+    assert all(whole.place.sealed(stage) for stage in STAGES)
 
 
-def test_two_pods_equal_two_processes_also_after_an_eviction(place: Place) -> None:
+@pytest.mark.parametrize("evicted", [False, True])
+def test_two_pods_equal_two_processes(whole: Whole, place: Place, evicted: bool) -> None:
     """ZeRO-3, the same world size and threads: the adapters are the same bytes."""
-    code, said = place.launch(*only("prep", "anchor", "pack", "sft"))
-    assert code == 0, said
-    wanted = place.adapter()
-    spread = own_overlay(place.folder, {"sft": TWO_PODS})
-    for evicted in (False, True):
-        shutil.rmtree(place.sealed("sft"))
-        for folder in place.runs.glob(".sft-*"):
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
-        with place.cluster.lock:  # what is complete under its key would not run again
-            for one in place.pods("sft"):
-                place.kubelet.forget(one)
-                place.cluster.objects.pop(("Job", one["metadata"]["labels"][JOB_NAME]), None)
-                place.cluster.objects.pop(("Pod", one["metadata"]["name"]), None)
-        place.overlay = spread
-        launcher = place.begin(*only("sft"))
-        if evicted:
-            pods = wait_for(lambda: going(place), 180, "a checkpoint and two pods that train")
-            place.kubelet.evict(pods[1], grace=20)
-        assert launcher.wait(400) == 0, place.said()
-        assert place.adapter() == wanted
-        assert len(place.pods("sft")) == (4 if evicted else 2)
+    for folder in whole.place.runs.iterdir():
+        if folder.name.split("-")[0] in ("adopted", "base", "prep", "anchor", "pack"):
+            subprocess.run(["cp", "-a", folder, place.runs], check=True)
+    place.overlay = own_overlay(place.folder, {"sft": TWO_PODS})
+    launcher = place.begin(*only("sft"))
+    if evicted:
+        pods = wait_for(lambda: going(place), 180, "a checkpoint and two pods that train")
+        place.kubelet.evict(pods[1], grace=20)
+    assert launcher.wait(400) == 0, place.said()
+    assert place.adapter() == whole.place.adapter()
+    assert len(place.pods("sft")) == (4 if evicted else 2)
 
 
 def going(place: Place) -> list[Manifest]:
@@ -244,11 +257,9 @@ def test_bad_data_is_not_tried_again(place: Place) -> None:
     assert "rows.jsonl" in said
 
 
-def test_what_pods_may_not_do(place: Place) -> None:
+def test_what_pods_may_not_do(whole: Whole) -> None:
     """Root, a writable root file system and capabilities: none of them is had."""
-    code, said = place.launch(*only("prep"))
-    assert code == 0, said
-    pod = place.pods("prep")[0]
-    ids = {f.stat().st_uid for f in place.sealed("prep").rglob("*")}
+    ids = {file.stat().st_uid for file in whole.place.sealed("prep").rglob("*")}
     assert ids == {USER}
-    assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"]
+    rights = whole.pods["prep"][0]["spec"]["containers"][0]["securityContext"]
+    assert rights["readOnlyRootFilesystem"] and rights["capabilities"]["drop"] == ["ALL"]

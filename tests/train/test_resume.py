@@ -14,7 +14,8 @@ import torch
 from parts import adopt_folder, make_model, make_tokenizer
 from rich.console import Console
 from safetensors.torch import load_file
-from training import LORA, RECIPE, ROOT, Launch, losses, make_pack
+from training import LORA, ROOT, Launch, losses, make_pack
+from training import RECIPE as LONGER
 
 from pipeline import sft
 from pipeline.artifact import Artifact
@@ -24,8 +25,10 @@ from pipeline.stage import Context
 from pipeline.train import checkpoint, zero
 from pipeline.train.replicated import ReplicatedEngine
 
-ADAPTER = "epoch-10/adapter_model.safetensors"
-MODEL = "epoch-10/model.safetensors"
+EPOCHS, STEPS = 5, 10
+ADAPTER = f"epoch-{EPOCHS}/adapter_model.safetensors"
+MODEL = f"epoch-{EPOCHS}/model.safetensors"
+RECIPE = LONGER | {"epochs": EPOCHS}
 DROPOUT = RECIPE | {"lora": LORA | {"dropout": 0.1}}
 FULL = RECIPE | {"lora": None, "optimizer": {"learning_rate": 0.001}}
 
@@ -64,6 +67,14 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> dict[str, Artifact]:
+    """A tiny base and rows for half as many steps as other tests take: there are many runs."""
+    runs = tmp_path_factory.mktemp("inputs")
+    base = adopt_folder(runs, base_folder)
+    return {"base": base, "pack": make_pack(runs, base, epochs=EPOCHS)}
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact]) -> Path:
     """Runs of one process that nobody stops, by what they train."""
     folder = tmp_path_factory.mktemp("whole")
@@ -72,7 +83,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Artifact])
     return folder
 
 
-@pytest.mark.parametrize("step", [1, 2, 7, 20])
+@pytest.mark.parametrize("step", [1, 2, 7, STEPS])
 def test_resume_is_bitwise_with_dropout(
     tmp_path: Path,
     inputs: dict[str, Artifact],
@@ -88,7 +99,7 @@ def test_resume_is_bitwise_with_dropout(
     expected = (whole / "dropout" / ADAPTER).read_bytes()
     assert (tmp_path / "second" / ADAPTER).read_bytes() == expected
     assert losses(tmp_path / "second") == losses(whole / "dropout")
-    assert len(list((tmp_path / "second").glob("epoch-*"))) == 10
+    assert len(list((tmp_path / "second").glob("epoch-*"))) == EPOCHS
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -124,7 +135,7 @@ FULLY = (("zero3", "fsdp"), ("fsdp", "zero3"))
 BITWISE = ("fsdp", "zero3")
 ODD = (("lora", "zero3"), ("full", "zero3"), ("full", "fsdp"))
 ODDLY = {"lora": RECIPE | {"lora": LORA | {"rank": 1}}, "full": FULL}
-STOP = "step 11"
+STOP = "step 5"
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +145,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     make_model(folder / "base", intermediate_size=129, vocab_size=609)
     make_tokenizer(folder / "base")
     base = adopt_folder(folder, folder / "base")
-    return {"base": base, "pack": make_pack(folder, base, epochs=10)}
+    return {"base": base, "pack": make_pack(folder, base, epochs=EPOCHS)}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +171,7 @@ def folder(
         add(out, engine, recipe, copy_of=str(folder / f"scratch-{after}"), **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        crash_at(patch, 11)
+        crash_at(patch, 5)
         with pytest.raises(UntaxedError):
             train(RECIPE, inputs, folder / "stopped-one", folder / "scratch-stopped-one")
     for engine in ONE_TO_TWO:
@@ -203,11 +214,11 @@ def test_another_world_or_engine_goes_on(folder: Path, whole: Path, name: str) -
     """The same rows, and the same loss within 1e-5 (fp32, no dropout)."""
     method = "full" if name.endswith("-full") else "lora"
     expected, got = losses(whole / method), losses(folder / name)
-    assert len(got) == len(expected) == 20
+    assert len(got) == len(expected) == STEPS
     assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
     if "-to-one" not in name:
         facts = json.loads((folder / name / "facts.json").read_text())
-        assert facts["world_size"] == 2 and facts["steps"] == 20
+        assert facts["world_size"] == 2 and facts["steps"] == STEPS
 
 
 @pytest.mark.distributed
@@ -241,7 +252,7 @@ def test_shards_of_unlike_sizes_are_put_together_again(
     folder: Path, method: str, engine: str
 ) -> None:
     expected, got = (losses(folder / f"odd-{method}-{where}") for where in ("one", engine))
-    assert len(got) == len(expected) == 20
+    assert len(got) == len(expected) == STEPS
     assert max(abs(g - e) / e for g, e in zip(got, expected, strict=True)) <= 1e-5
 
 

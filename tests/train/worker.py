@@ -23,7 +23,6 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import deepspeed  # noqa: F401
 import torch
 from rich.console import Console
 
@@ -31,6 +30,7 @@ from pipeline import artifact as art
 from pipeline import sft
 from pipeline.recipes import SftRecipe
 from pipeline.stage import Context
+from pipeline.train.engine import load_deepspeed
 from pipeline.train.world import init_world
 
 RANKS = 2
@@ -38,6 +38,8 @@ RANKS = 2
 
 def main(spec: Path) -> int:
     """Fork the ranks and wait for them: 0 if all of them came to their end, else 1."""
+    load_deepspeed()
+    assert "mlflow" not in sys.modules, "every rank would import it for nothing"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
