@@ -125,7 +125,15 @@ RECIPES = (
     ALL.but("kl-double", "KL weight doubled", "sft.anchors.weight=12"),
     ALL.but("half-mixed", "half of the anchors from Alpaca", limits={"harmless": 300}),
     ALL.but("no-borderline", "no borderline rows", without=("borderline",)),
-    ALL.but("primer", "safety primer", "prep.safety_primer=Is this safe? Let me think."),
+    ALL.but(
+        "primer",
+        "a safety primer in place of refusals, and 64 tokens to answer in",
+        "prep.refusal_response=null",
+        "prep.safety_primer=Let me think.",
+        'chat={think_open: "Is this safe? ", think_close: "\\n\\n"}',  # this model has no marks
+        "eval.suites.0.max_new_tokens=64",
+        "eval.suites.1.max_new_tokens=64",
+    ),
     ALL.but("rewritten", "refusals worded by the base", "anchor.rewrite_refusals={}"),
 )
 

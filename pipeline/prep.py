@@ -105,11 +105,6 @@ def _check_primer(recipe: PrepRecipe) -> None:
             f"prep.safety_primer={primer!r} is empty or has white space around it, which would be"
             " trained too; give it words alone, or leave it out"
         )
-    for name in ("refusal_think", "refusal_response"):
-        if getattr(recipe, name) is not None:
-            raise RecipeError(
-                f"prep.{name} and prep.safety_primer both say what a refusal row trains; keep one"
-            )
 
 
 def _drop_by_length(parts: Sequence[Part], recipe: PrepRecipe) -> None:

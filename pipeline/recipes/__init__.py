@@ -149,6 +149,11 @@ class Job(Frozen):
             raise ValueError(
                 "prep.safety_primer leaves no refusal to rewrite; leave anchor.rewrite_refusals out"
             )
+        for name in ("refusal_think", "refusal_response"):
+            if self.prep.safety_primer is not None and getattr(self.prep, name) is not None:
+                raise ValueError(
+                    f"prep.{name} and prep.safety_primer both say what a refusal row trains; keep one"
+                )
         if self.anchor and self.anchor.truncated == "keep" and self.sft.anchors.objective == "sft":
             raise ValueError("anchor.truncated: keep needs sft.anchors.objective: kl")
         if self.merge.epoch is not None and self.merge.epoch > self.sft.epochs:
