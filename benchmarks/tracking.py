@@ -32,7 +32,7 @@ from rounds import ROOT
 TIMES = ("seconds", "tokens_per_second")
 OWN_TAGS = ("untaxed.digest",)  # over the times above, among others
 GOAL_SECONDS = 0.1
-ROWS, EPOCHS = 40, 1
+ROWS, EPOCHS = 40, 10
 
 
 def cell(result: Path, arguments: list[str]) -> None:
