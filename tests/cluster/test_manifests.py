@@ -19,7 +19,7 @@ from pipeline.graph import STAGES, stages_of
 from pipeline.jobfile import parse_job
 from pipeline.stage import arguments
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # of JobSets there is no schema here: tests/cluster/test_jobset.py validates each Job of one
 NO_OBJECTS = {"kustomization.yaml", "jobset.yaml"}
 FILES = sorted(path for path in (ROOT / "k8s").rglob("*.yaml") if path.name not in NO_OBJECTS)
