@@ -37,6 +37,12 @@ buildah)
 esac
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' pipeline/__init__.py)
 revision=$(git rev-parse --verify --quiet HEAD || echo unknown)
+if [ "$revision" != unknown ]; then
+    # shellcheck disable=SC2046  # names of files and folders, one a line
+    changed=$(git status --porcelain --untracked-files=no -- $(sed -n 's/^!//p' .dockerignore) \
+        .dockerignore docker/Dockerfile)
+    revision=$revision${changed:+-dirty}
+fi
 # shellcheck disable=SC2086  # the builder's name and its subcommand are two words
 $command --file docker/Dockerfile --target "$target" --tag "${IMAGE:-untaxed}:$target" \
     --build-arg VERSION="$version" --build-arg REVISION="$revision" \

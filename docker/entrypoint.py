@@ -24,6 +24,7 @@ from pathlib import Path
 FAILED, USAGE, NOT_FOUND, BAD_RECIPE, KILLED, STOPPED = 1, 64, 127, 78, 137, 143
 STATUS_FILE, SEALED_FILE = "UNTAXED_STATUS_FILE", "UNTAXED_SEALED_FILE"
 REVISION, LAUNCHED = "UNTAXED_REVISION", "UNTAXED_LAUNCHED_REVISION"
+CHANGED = "-dirty"
 GRACE = "UNTAXED_GRACE_SECONDS"
 GRACE_SECONDS = 240.0
 LAST_WORDS = Path("/dev/termination-log")
@@ -61,16 +62,26 @@ def main(command: list[str]) -> int:
 
 
 def other_code(said: Mapping[str, str]) -> str:
-    """What there is to say where this image holds other code than was launched."""
-    launched = said.get(LAUNCHED, "").removesuffix("-dirty")
-    here = said.get(REVISION, "unknown").removesuffix("-dirty")
-    if not launched or here == launched:
+    """What there is to say where this image may hold other code than was launched."""
+    launched, here = said.get(LAUNCHED, ""), said.get(REVISION, "unknown")
+    changed = CHANGED in launched + here
+    if not launched or (here == launched and not changed):
         return ""
-    image = "an image of unknown revision" if here == "unknown" else f"an image of {here[:12]}"
+    image = "an image of " + ("unknown revision" if here == "unknown" else short(here))
+    same = launched.removesuffix(CHANGED) == here.removesuffix(CHANGED)
     return (
-        f"other code: {image} runs, launched from {launched[:12]}; build and push the image, or launch"
-        " from the checkout that it was built from"
+        f"other code: {image} runs, launched from {short(launched)}"
+        + (", not known to be the same" if same else "")
+        + ("; commit, build" if changed else "; build")
+        + " and push the image under a new tag, and name that in the overlay"
+        + ("" if changed else "; or launch from the checkout that it was built from")
     )
+
+
+def short(revision: str) -> str:
+    """Two trees with changes that no revision has may differ, whatever commit they began at."""
+    changes = " with uncommitted changes" if revision.endswith(CHANGED) else ""
+    return revision.removesuffix(CHANGED)[:12] + changes
 
 
 def with_nodes(command: Sequence[str], said: Mapping[str, str], folder: Path) -> list[str]:

@@ -18,6 +18,8 @@ from tracked import free_port
 
 WAIT_SECONDS = 180.0
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+if not POSTGRES and os.environ.get("UNTAXED_NEEDS_CONTAINERS"):
+    raise RuntimeError("UNTAXED_NEEDS_CONTAINERS is set: needs Debian's package postgresql")
 ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "a long password"}
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -90,18 +92,24 @@ class Server:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """The address of an empty database of a PostgreSQL that is gone afterwards."""
+def postgres(folder: Path, password: str = "") -> Iterator[str]:
+    """The address of an empty database of a PostgreSQL that is gone afterwards.
+
+    It asks for ``password``, where there is one.
+    """
     programs = POSTGRES[-1].parent
     data, port = folder / "data", free_port()
     folder.mkdir()
+    (folder / "password").write_text(password or "unused")
     user = _nobody(folder)
     made = [
         str(programs / "initdb"),
         "--username",
         "mlflow",
         "--auth",
-        "trust",
+        "scram-sha-256" if password else "trust",
+        "--pwfile",
+        str(folder / "password"),
         "--pgdata",
         str(data),
     ]
@@ -127,7 +135,12 @@ def postgres(folder: Path) -> Iterator[str]:
             "mlflow",
             "mlflow",
         ]
-        wait(lambda: not subprocess.run(ask, capture_output=True).returncode, process, log)
+        known = os.environ | {"PGPASSWORD": password}
+        wait(
+            lambda: not subprocess.run(ask, env=known, capture_output=True).returncode,
+            process,
+            log,
+        )
         yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
     finally:
         process.send_signal(signal.SIGINT)

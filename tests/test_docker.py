@@ -175,6 +175,40 @@ def test_a_build_is_told_what_pip_is_told_here(
     )
 
 
+@pytest.mark.parametrize(
+    ("changed", "mark"),
+    [("README.md", "-dirty"), ("docker/Dockerfile", "-dirty"), ("left-out.txt", ""), (None, "")],
+)
+def test_the_revision_of_a_build_says_of_changes(
+    tmp_path: Path, changed: str | None, mark: str
+) -> None:
+    """In what goes into the image; a builder that prints its words stands in for a real one."""
+    builder, tree = tmp_path / "bin" / "docker", tmp_path / "tree"
+    for file in ("docker/build.sh", "docker/Dockerfile", ".dockerignore", "pipeline/__init__.py"):
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tree / file)
+    (tree / "README.md").touch()
+    (tree / "left-out.txt").touch()
+    builder.parent.mkdir()
+    builder.write_text('#!/bin/sh\necho "$@"\n')
+    builder.chmod(0o755)
+    env = os.environ | {"PATH": f"{builder.parent}:{os.environ['PATH']}", "BUILDER": "docker"}
+
+    def told(*words: str) -> str:
+        done = subprocess.run(words, cwd=tree, env=env, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert "--build-arg REVISION=unknown " in told("sh", "docker/build.sh")
+    told("git", "init", "--quiet")
+    told("git", "add", ".")
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    told("git", *who, "commit", "--quiet", "--message", "all")
+    if changed:
+        (tree / changed).write_text("changed")
+    commit = told("git", "rev-parse", "HEAD").strip()
+    assert f"--build-arg REVISION={commit}{mark} " in told("sh", "docker/build.sh")
+
+
 def test_labels_are_those_of_oci() -> None:
     text = "".join(dict(stages()[name])["LABEL"] for name in ("runtime", "cpu"))
     labels = re.findall(r"org\.opencontainers\.image\.(\w+)=", text)

@@ -253,15 +253,40 @@ def test_nodes_that_cannot_be_are_a_bad_recipe(
     ("image", "launched", "said"),
     [
         ("a" * 40, "a" * 40, ""),
-        ("a" * 40, "a" * 40 + "-dirty", ""),
         ("a" * 40, None, ""),
+        ("a" * 40 + "-dirty", None, ""),
         (
             "a" * 40,
             "b" * 40,
-            "other code: an image of aaaaaaaaaaaa runs, launched from bbbbbbbbbbbb; ",
+            "other code: an image of aaaaaaaaaaaa runs, launched from bbbbbbbbbbbb; build and push"
+            " the image under a new tag, and name that in the overlay; or launch from the checkout",
         ),
         ("unknown", "b" * 40, "other code: an image of unknown revision runs, launched from bbbb"),
         (None, "b" * 40, "other code: an image of unknown revision runs"),
+        (
+            "a" * 40,
+            "a" * 40 + "-dirty",
+            "other code: an image of aaaaaaaaaaaa runs, launched from aaaaaaaaaaaa with uncommitted"
+            " changes, not known to be the same; commit, build and push the image under a new tag",
+        ),
+        (
+            "a" * 40 + "-dirty",
+            "a" * 40,
+            "other code: an image of aaaaaaaaaaaa with uncommitted changes runs, launched from"
+            " aaaaaaaaaaaa, not known to be the same; commit, ",
+        ),
+        (
+            "a" * 40 + "-dirty",
+            "a" * 40 + "-dirty",
+            "other code: an image of aaaaaaaaaaaa with uncommitted changes runs, launched from"
+            " aaaaaaaaaaaa with uncommitted changes, not known to be the same; commit, ",
+        ),
+        (
+            "a" * 40 + "-dirty",
+            "b" * 40,
+            "other code: an image of aaaaaaaaaaaa with uncommitted changes runs, launched from"
+            " bbbbbbbbbbbb; commit, ",
+        ),
     ],
 )
 def test_an_image_of_other_code_says_so(

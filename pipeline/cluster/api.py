@@ -97,7 +97,7 @@ class Cluster:
             self._ask(api, f"create_{words}", *place, manifest)
         except ApiException as error:
             if error.status == 409:
-                return False
+                return False  # AlreadyExists: a conflict of another kind is asked again
             if error.status == 403 and kind == "Namespace":
                 return False  # who may not make one may still use it, where it is there
             if error.status == 404 and kind == "JobSet":
@@ -107,6 +107,19 @@ class Cluster:
                 ) from error
             raise self._refusal(f"{kind} {name}", error) from error
         return True
+
+    def read(self, manifest: Manifest) -> Manifest | None:
+        """What is there of its kind and name; None where it may not be read, or is gone."""
+        kind, name = manifest["kind"], manifest["metadata"]["name"]
+        api, words = KINDS[kind]
+        space = [self.namespace] if words.startswith("namespaced") else []
+        try:
+            found: Manifest = self._ask(api, f"read_{words}", name, *space)
+        except ApiException as error:
+            if error.status in (403, 404):
+                return None
+            raise self._refusal(f"{kind} {name}", error) from error
+        return found
 
     def has_config_map(self, name: str) -> bool:
         try:
@@ -182,7 +195,7 @@ class Cluster:
                 if response.status >= 300:
                     raise ApiException(status=response.status, reason=response.reason, body=text)
                 return text if raw else json.loads(text)
-            except (HTTPError, OSError, ApiException) as error:
+            except (HTTPError, OSError, ApiException, json.JSONDecodeError) as error:
                 if getattr(error, "status", None) == 401 and not renewed:
                     self.apis, renewed = self._apis(), True  # a token may have been replaced there
                     continue
@@ -226,7 +239,10 @@ class Cluster:
 
 
 def _passes(error: ApiException) -> bool:
-    """A list that is too old (410) is asked for anew, from its beginning."""
+    """A list that is too old (410) is asked for anew, from its beginning, and so is what met another
+    change (a quota's count, 409)."""
+    if error.status == 409:
+        return '"reason":"AlreadyExists"' not in str(error.body or "").replace(" ", "")
     return error.status in (None, 0, 410, 429) or error.status >= 500
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline.cluster.jobset import jobset_objects
 from pipeline.cluster.launch import Launcher, Sight
-from pipeline.cluster.objects import Overlay, read_overlay, stage_objects
+from pipeline.cluster.objects import PART, Overlay, read_overlay, stage_objects
 from pipeline.cluster.rules import mistakes
 from pipeline.cluster.screen import Screen
 from pipeline.cluster.words import State
@@ -47,7 +47,8 @@ def launch(options: argparse.Namespace, job: Job, text: str) -> int:
     screen = Screen(console, stages)
     launcher = _launcher(options, overlay, job, text, screen.show, screen.say)
     if options.jobset:
-        launcher.make([*overlay.standing, *made])
+        launcher.stand()
+        launcher.make(made)
         screen.say(
             f"JobSet {made[-1]['metadata']['name']} runs; untaxed status tells how far it is"
         )
@@ -61,9 +62,13 @@ def status(options: argparse.Namespace, job: Job, text: str) -> int:
     """How far each stage is."""
     screen = Screen(Console(), _stages(options, job))
     launcher = _launcher(options, read_overlay(options.overlay), job, text, screen.show, screen.say)
-    for stage in _stages(options, job):
-        screen.sights[stage] = launcher.sight(stage)
+    sights = [launcher.sight(stage) for stage in _stages(options, job)]
+    screen.sights |= {sight.stage: sight for sight in sights}
     screen.console.print(screen.table())
+    told = {sight.name for sight in sights}
+    for one in launcher.unfinished():
+        if one["metadata"]["name"] not in told and not options.stage:
+            screen.console.print(f"also: Job {one['metadata']['name']} has not ended")
     return 0
 
 
@@ -89,15 +94,17 @@ def logs(options: argparse.Namespace, job: Job, text: str) -> int:
 
 
 def cancel(options: argparse.Namespace, job: Job, text: str) -> int:
-    """Delete the Jobs that run or wait: their pods are asked to stop and save their place."""
+    """Delete the Jobs that run or wait, also those of an earlier recipe or overlay: their pods are asked
+    to stop and save their place."""
     launcher = _launcher(options, read_overlay(options.overlay), job, text, _nothing, print)
-    stopped = False
-    for stage in _stages(options, job):
-        sight = launcher.sight(stage)
-        if sight.seen.state in (State.RUNNING, State.WAITING):
-            launcher.cluster.delete_job(sight.name)
-            print(f"{stage}: {sight.name} is stopped; launch again to go on")
-            stopped = True
+    stopped = [
+        (one["metadata"]["labels"][PART], one["metadata"]["name"])
+        for one in launcher.unfinished()
+        if not options.stage or one["metadata"]["labels"][PART] in options.stage
+    ]
+    for stage, name in stopped:
+        launcher.cluster.delete_job(name)
+        print(f"{stage}: {name} is stopped; launch again to go on")
     if not stopped:
         print(f"{job.name}: nothing runs")
     return 0

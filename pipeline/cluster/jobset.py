@@ -23,6 +23,7 @@ from pipeline.cluster.objects import (
     stage_objects,
     tracking_objects,
 )
+from pipeline.origin import revision
 from pipeline.recipes import Job
 
 RESTARTS = 20
@@ -33,7 +34,8 @@ def jobset_objects(
     overlay: Overlay, job: Job, text: str, stages: Sequence[str]
 ) -> tuple[Manifest, ...]:
     """The ConfigMap with the job file, and the JobSet of ``stages`` in their order."""
-    made = {stage: stage_objects(overlay, job, text, stage) for stage in stages}
+    here = revision()
+    made = {s: stage_objects(overlay, job, text, s, revision=here) for s in stages}
     closed = [stage for stage in stages if stage in CLOSED]
     served = [one for one in overlay.standing if one["metadata"]["name"] == TRACKING]
     if closed and served:

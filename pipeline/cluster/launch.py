@@ -22,11 +22,12 @@ from pipeline.cluster.objects import (
     Manifest,
     Overlay,
     key_of,
+    otherwise,
     stage_objects,
     tracking_objects,
 )
 from pipeline.cluster.words import Seen, State, look
-from pipeline.errors import DataError, UntaxedError
+from pipeline.errors import DataError, RecipeError, UntaxedError
 from pipeline.origin import revision
 from pipeline.recipes import Job
 
@@ -67,16 +68,43 @@ class Launcher:
 
     def run(self, stages: Sequence[str]) -> None:
         """All ``stages`` to their ends. DataError where one failed and would fail again."""
-        self.make(self.overlay.standing)
+        self.stand()
         for stage in stages:
             self._stage(stage)
         self._track(stages)
 
-    def make(self, objects: Sequence[Manifest]) -> None:
-        """Those that are not there yet."""
+    def stand(self) -> None:
+        """What stands beside the Jobs. RecipeError where the cluster has it otherwise, and that matters."""
+        for manifest in self.make(self.overlay.standing):
+            if manifest["kind"] not in ("NetworkPolicy", "PersistentVolumeClaim"):
+                continue
+            there = self.cluster.read(manifest)
+            what = f"{manifest['kind']} {manifest['metadata']['name']}"
+            if there is None:
+                self.say(f"{what}: is there and cannot be read; not known to be the overlay's")
+            elif wrong := otherwise(manifest, there):
+                raise RecipeError(
+                    f"{what}: is there, and {wrong}; kubectl apply the overlay's, or delete it, and"
+                    " launch again"
+                )
+
+    def make(self, objects: Sequence[Manifest]) -> list[Manifest]:
+        """Those that are not there yet; returns the others."""
+        there = []
         for manifest in objects:
             if self.cluster.create(manifest):
                 self.say(f"{manifest['kind']} {manifest['metadata']['name']}: made")
+            else:
+                there.append(manifest)
+        return there
+
+    def unfinished(self) -> list[Manifest]:
+        """Jobs of this job file's name that run or wait, whatever their keys."""
+        return [
+            one
+            for one in self.cluster.jobs({JOB_LABEL: self.job.name})
+            if look(one, (), ()).state not in (State.COMPLETE, State.FAILED)
+        ]
 
     def sight(self, stage: str) -> Sight:
         """The latest attempt of ``stage`` under its present key."""
@@ -106,7 +134,12 @@ class Launcher:
             if state == State.COMPLETE:
                 self._check_sealed(sight)
                 return
+            if state == State.ABSENT and began_here:
+                raise UntaxedError(
+                    f"{stage}: its Job was deleted while it was watched; launch again to go on"
+                )
             if state == State.ABSENT:
+                self._alone(stage)
                 self._submit(stage, 1)
                 began_here = True
             elif state == State.FAILED:
@@ -134,6 +167,15 @@ class Launcher:
             )
         self._submit(stage, sight.attempt + 1)
 
+    def _alone(self, stage: str) -> None:
+        """RecipeError where ``stage`` goes on under another key: both would want the same folder."""
+        for one in self.unfinished():
+            if one["metadata"]["labels"][PART] == stage:
+                raise RecipeError(
+                    f"{stage}: Job {one['metadata']['name']} has not ended, and is of another recipe or"
+                    f" overlay; wait for it, untaxed cancel it, or launch this as a job of another name"
+                )
+
     def _submit(self, stage: str, attempt: int) -> None:
         here = revision()
         for one in stage_objects(self.overlay, self.job, self.text, stage, attempt, here):
@@ -146,8 +188,17 @@ class Launcher:
         if not closed or not self.cluster.has_config_map(TRACKING):
             return
         key = key_of(self.job, closed[-1], self.overlay.jobs[closed[-1]])
-        attempt = self.sight(closed[-1]).attempt
-        objects = tracking_objects(self.overlay, self.job, self.text, key, max(1, attempt))
+        attempt = max(1, self.sight(closed[-1]).attempt)
+        labels = {JOB_LABEL: self.job.name, PART: "track", KEY_LABEL: key}
+        before = {int(j["metadata"]["labels"][ATTEMPT_LABEL]): j for j in self.cluster.jobs(labels)}
+        if before:
+            latest = before[max(before)]
+            pods = self.cluster.pods(latest["metadata"]["name"])
+            seen = look(latest, pods, ())
+            if seen.state == State.FAILED:
+                self.say(f"tracking: Job {latest['metadata']['name']}: {seen.why}; once more")
+                attempt = max(before) + 1
+        objects = tracking_objects(self.overlay, self.job, self.text, key, attempt)
         if [self.cluster.create(manifest) for manifest in objects][-1]:
             self.say(
                 f"tracking: Job {objects[-1]['metadata']['name']} tells of {', '.join(closed)}"

@@ -31,6 +31,7 @@ JOB_LABEL, KEY_LABEL, ATTEMPT_LABEL = "untaxed-job", "untaxed-key", "untaxed-att
 QUEUE = "kueue.x-k8s.io/queue-name"
 LAUNCHED = "UNTAXED_LAUNCHED_REVISION"
 KEY_DIGITS = 8
+NAME_DIGITS = 6
 JOB_CHARACTERS = 30  # of 63: stage, key, attempt and the index of a pod follow
 MAX_ATTEMPTS = 99
 CLOSED = ("choose", "baseline", "eval")  # stages without network, for they may run generated code
@@ -137,7 +138,11 @@ def name_of(job: Job, stage: str, key: str, attempt: int) -> str:
             f"{job.name}: {stage} has failed {MAX_ATTEMPTS} times under one key; change the recipe or"
             " the overlay, or delete its Jobs"
         )
-    return f"{job.name[:JOB_CHARACTERS].rstrip('-')}-{stage}-{key}-{attempt}"
+    begin = job.name
+    if len(begin) > JOB_CHARACTERS:  # others may begin alike
+        digest = hashlib.sha256(begin.encode()).hexdigest()[:NAME_DIGITS]
+        begin = f"{begin[: JOB_CHARACTERS - NAME_DIGITS - 1].rstrip('-')}-{digest}"
+    return f"{begin}-{stage}-{key}-{attempt}"
 
 
 def job_file(overlay: Overlay, job: Job, text: str) -> Manifest:
@@ -215,6 +220,34 @@ def tracking_objects(
     (container,) = made["spec"]["template"]["spec"]["containers"]
     container["args"] = ["untaxed", "track", "--job", "/job/job.yaml", "--runs", "/runs"]
     return carried, made
+
+
+def otherwise(wanted: Manifest, there: Manifest) -> str:
+    """Why what is there already does not do for ``wanted``, or nothing: the network is open to others,
+    or a claim may be mounted by fewer nodes."""
+    ours, theirs = wanted["spec"], there["spec"]
+    if wanted["kind"] == "PersistentVolumeClaim":
+        lost = set(ours["accessModes"]) - set(theirs["accessModes"])
+        has = ", ".join(theirs["accessModes"])
+        return f"it is {has} and the overlay wants {', '.join(sorted(lost))}" if lost else ""
+    ours, theirs = ({k: v for k, v in spec.items() if v} for spec in (ours, theirs))
+    alike = set(ours) == set(theirs) and _within(ours, theirs)
+    return "" if alike else "it has other rules than the overlay"
+
+
+def _within(ours: Any, theirs: Any) -> bool:
+    """Whether ``theirs`` says the same, but for what the cluster has filled in."""
+    if isinstance(ours, dict):
+        return isinstance(theirs, dict) and all(
+            key in theirs and _within(value, theirs[key]) for key, value in ours.items()
+        )
+    if isinstance(ours, list):
+        return (
+            isinstance(theirs, list)
+            and len(ours) == len(theirs)
+            and all(map(_within, ours, theirs))
+        )
+    return bool(ours == theirs)
 
 
 def _named(metadata: Manifest, name: str, labels: Mapping[str, str]) -> Manifest:

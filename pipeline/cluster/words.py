@@ -92,8 +92,9 @@ OUT_OF_MEMORY = Word(
     "it ran out of memory",
     "raise the memory of the stage in the overlay, or lower batch_rows or micro-batch",
 )
-LATE = Word(
-    "it took longer than its deadline", "raise activeDeadlineSeconds; it goes on there", True
+LATE = Word(  # what hangs once may hang each time, for as long as a deadline allows
+    "it took longer than its deadline",
+    "raise activeDeadlineSeconds in the overlay and launch again; it goes on there",
 )
 ELSE = Word("it failed", "see its last lines")
 
@@ -123,9 +124,9 @@ def look(
 def _failed(condition: Manifest, pods: Sequence[Manifest]) -> Seen:
     if condition.get("reason") == "DeadlineExceeded":
         return _seen(State.FAILED, LATE, condition.get("message", ""))
-    ended = list(_ended(pods))
-    # peers of a pod that failed are killed or time out after it: the first tells why
-    for _, word, detail in sorted(ended, key=lambda end: end[0]):
+    # What names a cause tells more than what followed from it, whatever the clocks of the nodes say;
+    # of the rest, peers of a pod that failed are killed or time out after it: the first tells why.
+    for _, word, detail in sorted(_ended(pods), key=lambda end: (_rank(end[1]), end[0])):
         return _seen(State.FAILED, word, detail)
     return _seen(State.FAILED, ELSE, condition.get("message", ""))
 
@@ -149,6 +150,12 @@ def _ended(pods: Sequence[Manifest]) -> Iterator[tuple[str, Word, str]]:
         for end in terminated:
             if end["exitCode"] != 0:
                 yield when, _exit(end), " ".join(str(end.get("message") or "").split())
+
+
+def _rank(word: Word) -> int:
+    if word in (EXITS[RecipeError.exit_code], EXITS[DataError.exit_code], OUT_OF_MEMORY):
+        return 0
+    return 1 if word == EVICTED else 2
 
 
 def _containers(pod: Manifest) -> list[Manifest]:

@@ -18,6 +18,7 @@ from parts import ROOT
 
 from pipeline import cli
 from pipeline.cluster import api, launch
+from pipeline.errors import UntaxedError
 from pipeline.graph import stages_of
 from pipeline.jobfile import load_job
 
@@ -68,7 +69,14 @@ def evicting(start: Start) -> MiniCluster:
 def beside(codes: list[int]) -> threading.Thread:
     """Another launcher, in a thread: without the signals that only a main thread may set."""
     options = cli.parser().parse_args(["launch", str(JOB), "--overlay", str(LOCAL)])
-    thread = threading.Thread(target=lambda: codes.append(cli.cluster(options)), daemon=True)
+
+    def go() -> None:
+        try:
+            codes.append(cli.cluster(options))
+        except UntaxedError as error:
+            codes.append(error.exit_code)
+
+    thread = threading.Thread(target=go, daemon=True)
     thread.start()
     return thread
 

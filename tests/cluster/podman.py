@@ -40,12 +40,15 @@ def podman(*words: str, check: bool = True) -> str:
 
 
 def missing() -> str:
-    """Why pods cannot run here, or nothing."""
+    """Why pods cannot run here, or nothing. RuntimeError where they have to."""
+    why = ""
     if shutil.which("podman") is None:
-        return "needs podman"
-    if subprocess.run(["podman", "image", "exists", "localhost/untaxed:cpu"]).returncode:
-        return "needs the image localhost/untaxed:cpu: make image"
-    return ""
+        why = "needs podman"
+    elif subprocess.run(["podman", "image", "exists", "localhost/untaxed:cpu"]).returncode:
+        why = "needs the image localhost/untaxed:cpu: make image"
+    if why and os.environ.get("UNTAXED_NEEDS_CONTAINERS"):
+        raise RuntimeError(f"UNTAXED_NEEDS_CONTAINERS is set: {why}")
+    return why
 
 
 class NotReady(Exception):

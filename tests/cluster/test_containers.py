@@ -261,9 +261,35 @@ def test_bad_data_is_not_tried_again(place: Place) -> None:
     assert "rows.jsonl" in said
 
 
-def test_what_pods_may_not_do(whole: Whole) -> None:
-    """Root, a writable root file system and capabilities: none of them is had."""
-    ids = {file.stat().st_uid for file in whole.place.sealed("prep").rglob("*")}
-    assert ids == {USER}
-    rights = whole.pods["prep"][0]["spec"]["containers"][0]["securityContext"]
-    assert rights["readOnlyRootFilesystem"] and rights["capabilities"]["drop"] == ["ALL"]
+PROBE = """
+import errno, json, os, pathlib
+def written(folder):
+    try:
+        pathlib.Path(folder, "probe").touch()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+said = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+folders = ("/", "/opt/untaxed", "/var/tmp", "/data", "/tmp", "/dev/shm", "/runs")
+print(json.dumps([os.getresuid(), said, {folder: written(folder) for folder in folders}]))
+"""
+
+
+def test_what_pods_may_not_do(place: Place) -> None:
+    """Root, a writable root file system and capabilities: a container in place of prep has none."""
+    stage = {"name": "stage", "args": ["python3", "-c", PROBE]}
+    spec = {"backoffLimit": 0, "template": {"spec": {"containers": [stage]}}}
+    place.overlay = own_overlay(place.folder, {"prep": spec})
+    _, told = place.launch(*only("prep"))
+    assert "says of no sealed artifact" in told, told
+    users, said, written = json.loads(place.kubelet.log(place.pods("prep")[0]))
+    assert users == [USER] * 3 and said["NoNewPrivs"] == "1"
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(said[name], 16) == 0, name
+    refused = {folder for folder, error in written.items() if error == "EROFS"}
+    assert refused == {"/", "/opt/untaxed", "/var/tmp", "/data"}
+    assert [folder for folder, error in written.items() if error is None] == [
+        "/tmp",
+        "/dev/shm",
+        "/runs",
+    ]

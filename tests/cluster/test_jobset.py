@@ -13,8 +13,9 @@ from cluster.scripted import Scripted
 from parts import ROOT
 
 from pipeline import cli
+from pipeline.cluster import jobset
 from pipeline.cluster.jobset import jobset_objects
-from pipeline.cluster.objects import Overlay, read_overlay
+from pipeline.cluster.objects import LAUNCHED, Overlay, read_overlay
 from pipeline.graph import stages_of
 from pipeline.jobfile import load_job
 
@@ -29,10 +30,13 @@ GOLDEN = ROOT / "k8s" / "overlays" / "jobset" / "jobset.yaml"
 
 
 def made(name: str) -> tuple[dict[str, Any], dict[str, Any], Overlay]:
-    """(ConfigMap, JobSet, overlay) of an overlay's own job."""
+    """(ConfigMap, JobSet, overlay) of an overlay's own job; of no revision, as a file that ships is."""
     file = ROOT / "jobs" / f"{OVERLAYS[name]}.yaml"
     job, overlay = load_job(file), read_overlay(ROOT / "k8s" / "overlays" / name)
-    carried, whole = jobset_objects(overlay, job, file.read_text(encoding="utf-8"), stages_of(job))
+    text = file.read_text(encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobset, "revision", lambda: None)
+        carried, whole = jobset_objects(overlay, job, text, stages_of(job))
     return carried, whole, overlay
 
 
@@ -106,13 +110,18 @@ def test_the_last_job_tells_a_tracking_server_that_the_overlay_knows() -> None:
 def test_launch_makes_it_once_and_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Under one name from any checkout, whose revision its pods are told."""
     cluster = MiniCluster(Scripted({}))
     words = [str(ROOT / "jobs" / "quickstart.yaml"), "--overlay", str(ROOT / "k8s/overlays/local")]
     with running(cluster, tmp_path) as config:
         monkeypatch.setenv("KUBECONFIG", str(config))
-        for _ in range(2):
+        for here in ("a" * 40, "b" * 40):
+            monkeypatch.setattr(jobset, "revision", lambda here=here: here)
             assert cli.main(["launch", *words, "--jobset"]) == 0
     (one,) = cluster.every("JobSet")
+    for job in one["spec"]["replicatedJobs"]:
+        (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+        assert {"name": LAUNCHED, "value": "a" * 40} in container["env"]
     assert f"JobSet {one['metadata']['name']} runs" in capsys.readouterr().err
     assert not cluster.every("Job")
 

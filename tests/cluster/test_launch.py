@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -150,7 +152,8 @@ def test_a_cluster_that_goes_away_is_waited_for(
 
 def test_status_logs_and_cancel(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = start(sft=[status("Running")])
-    beside([])
+    codes: list[int] = []
+    other = beside(codes)
     until = time.monotonic() + 30
     while "sft" not in stages_started(cluster) and time.monotonic() < until:
         time.sleep(0.02)
@@ -164,6 +167,61 @@ def test_status_logs_and_cancel(start: Start, capsys: pytest.CaptureFixture[str]
     assert untaxed("cancel", "--stage", "sft") == 0
     assert "is stopped; launch again to go on" in capsys.readouterr().out
     assert [name for name in cluster.kubelet.stopped if "-sft-" in name]  # type: ignore[attr-defined]
+    other.join(30)
+    assert codes == [1] and stages_started(cluster).count("sft") == 1, "it stays cancelled"
+
+
+def test_a_stage_that_runs_under_another_key_is_not_joined(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both would want one folder of artifacts, or one set of devices."""
+    cluster = start(sft=[status("Running")])
+    other = beside([])
+    until = time.monotonic() + 30
+    while "sft" not in stages_started(cluster) and time.monotonic() < until:
+        time.sleep(0.02)
+    changed = ("--set", "sft.seed=1")
+    assert untaxed("launch", *changed) == 78
+    said = capsys.readouterr().err
+    assert "has not ended, and is of another recipe or overlay; wait for it, untaxed cancel" in said
+    assert untaxed("status", *changed) == 0
+    assert re.search(r"also: Job quickstart-sft-\w+-1 has not ended", capsys.readouterr().out)
+    assert untaxed("cancel", *changed) == 0
+    other.join(30)
+    cluster.kubelet.scripts.clear()  # type: ignore[attr-defined]
+    cluster.kubelet.ends.clear()  # type: ignore[attr-defined]
+    assert untaxed("launch", *changed) == 0
+    assert stages_started(cluster).count("sft") == 2
+
+
+def test_a_tracking_job_that_failed_is_told_and_tried_again(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster = start()
+    where = {"apiVersion": "v1", "kind": "ConfigMap", "data": {"uri": "http://m"}}
+    where |= {"metadata": {"name": "untaxed-tracking", "namespace": "untaxed"}}
+    cluster.create("ConfigMap", where)
+    real = cluster._verdict
+
+    def failing(spec: Any, pods: Any) -> Any:
+        if pods and "-track-" in pods[0]["metadata"]["name"]:
+            return "Failed", "BackoffLimitExceeded", "the server said 403"
+        return real(spec, pods)
+
+    cluster._verdict = failing  # type: ignore[method-assign]
+    assert untaxed("launch") == 0
+    until = time.monotonic() + 30
+    while time.monotonic() < until and not any(
+        j["status"].get("conditions", [{}])[0].get("type") == "Failed" for j in cluster.every("Job")
+    ):
+        time.sleep(0.02)
+    capsys.readouterr()
+    cluster._verdict = real  # type: ignore[method-assign]
+    assert untaxed("launch") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "-track-" in said and "the server said 403; once more" in said
+    made = [j["metadata"]["name"] for j in cluster.every("Job") if "-track-" in str(j["metadata"])]
+    assert [name[-2:] for name in made] == ["-1", "-2"]
 
 
 def test_an_overlay_with_a_mistake_makes_nothing(

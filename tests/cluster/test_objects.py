@@ -36,6 +36,11 @@ def made(overlay: Overlay, stage: str, *assignments: str, attempt: int = 1) -> d
     return {one["kind"]: one for one in objects}
 
 
+def test_jobs_whose_names_begin_alike_stay_apart(overlay: Overlay) -> None:
+    one, two = (made(overlay, "prep", f"name={'a' * 35}-{end}")["Job"] for end in ("one", "two"))
+    assert one["metadata"]["name"] != two["metadata"]["name"]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("version", ["1.33", "1.34", "1.35", "1.36", "1.37"])
 def test_objects_are_strictly_valid(overlay: Overlay, stage: str, version: str) -> None:

@@ -202,7 +202,33 @@ CASES = [
         "its pod was evicted: low on disk",
         True,
     ),
-    (failed("DeadlineExceeded"), [], [], State.FAILED, "it took longer than its deadline", True),
+    (failed("DeadlineExceeded"), [], [], State.FAILED, "it took longer than its deadline", False),
+    *(
+        # a peer ends first, or the clock of its node says so
+        (
+            BACKOFF,
+            [
+                pod("Failed", ended(1, message="peer gone", at=f"2026-11-27T12:00:0{peer}Z")),
+                pod("Failed", ended(143, at="2026-11-27T12:00:05Z"), conditions=[DISRUPTED]),
+            ],
+            [],
+            State.FAILED,
+            "its pod was evicted: PreemptionByScheduler",
+            True,
+        )
+        for peer in (1, 9)
+    ),
+    (
+        BACKOFF,
+        [
+            pod("Failed", ended(1, message="loss is nan", at="2026-11-27T12:00:01Z")),
+            pod("Failed", ended(143, at="2026-11-27T12:00:05Z")),
+        ],
+        [],
+        State.FAILED,
+        "it failed: loss is nan",
+        False,
+    ),
     (BACKOFF, [], [], State.FAILED, "it failed: Job has reached the specified", False),
     (BACKOFF, [pod("Failed", ended(1))], [], State.FAILED, "it failed", False),
     (
