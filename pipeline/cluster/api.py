@@ -112,9 +112,8 @@ class Cluster:
         """What is there of its kind and name; None where it may not be read, or is gone."""
         kind, name = manifest["kind"], manifest["metadata"]["name"]
         api, words = KINDS[kind]
-        space = [self.namespace] if words.startswith("namespaced") else []
         try:
-            found: Manifest = self._ask(api, f"read_{words}", name, *space)
+            found: Manifest = self._ask(api, f"read_{words}", name, self.namespace)
         except ApiException as error:
             if error.status in (403, 404):
                 return None

@@ -169,11 +169,15 @@ class Launcher:
 
     def _alone(self, stage: str) -> None:
         """RecipeError where ``stage`` goes on under another key: both would want the same folder."""
+        own = key_of(
+            self.job, stage, self.overlay.jobs[stage]
+        )  # another launcher may just have made it
         for one in self.unfinished():
-            if one["metadata"]["labels"][PART] == stage:
+            labels = one["metadata"]["labels"]
+            if labels[PART] == stage and labels[KEY_LABEL] != own:
                 raise RecipeError(
                     f"{stage}: Job {one['metadata']['name']} has not ended, and is of another recipe or"
-                    f" overlay; wait for it, untaxed cancel it, or launch this as a job of another name"
+                    " overlay; wait for it, untaxed cancel it, or launch this as a job of another name"
                 )
 
     def _submit(self, stage: str, attempt: int) -> None:

@@ -17,6 +17,7 @@ from cluster.minicluster import status
 from parts import ROOT
 
 from pipeline import cli
+from pipeline.cluster import launch
 
 pytest_plugins = ("cluster.launched",)
 
@@ -127,6 +128,20 @@ def test_two_launchers_make_no_job_twice(start: Start) -> None:
     codes.append(untaxed("launch"))
     other.join()
     assert codes == [0, 0]
+    assert stages_started(cluster) == STAGES
+
+
+def test_a_job_that_another_launcher_has_just_made_is_followed(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, look = start(), launch.Launcher._alone
+
+    def late(self: launch.Launcher, stage: str) -> None:
+        self._submit(stage, 1)
+        look(self, stage)
+
+    monkeypatch.setattr(launch.Launcher, "_alone", late)
+    assert untaxed("launch") == 0
     assert stages_started(cluster) == STAGES
 
 
