@@ -119,8 +119,12 @@ class Running:
         return found
 
     def ranks(self) -> dict[int, int]:
-        """Process ids of the ranks."""
-        found = {int(env["RANK"]): pid for pid, env in self.members().items() if "RANK" in env}
+        """Process ids of the ranks; what records for them has their environment too."""
+        found = {
+            int(env["RANK"]): pid
+            for pid, env in self.members().items()
+            if "RANK" in env and "pipeline.recorder" not in _command(pid)
+        }
         return found or {0: self.child.pid}
 
     def ended(self) -> bool:
@@ -137,6 +141,12 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.child.wait()
+
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    return ""
 
 
 def until(condition: Any, seconds: float, running: Running) -> None:

@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     prepared = options.folder / "prepared"
     if not (prepared / "ready").exists():
         shutil.rmtree(prepared, ignore_errors=True)
-        prepare(prepared, rows=40, epochs=2 if options.short else 6, seal=options.short)
+        prepare(prepared, rows=40, epochs=3 if options.short else 6, seal=options.short)
         (prepared / "ready").touch()
     states = {}
     for engine in options.engine:
