@@ -25,6 +25,13 @@ from pipeline.jobfile import load_job
 JOB = ROOT / "jobs" / "quickstart.yaml"
 LOCAL = ROOT / "k8s" / "overlays" / "local"
 STAGES = stages_of(load_job(JOB))
+OVERLAYS = {  # and the job that each is made for
+    "local": "quickstart",
+    "h100": "r1-qwen-14b",
+    "a100-80g": "r1-qwen-14b",
+    "h100-multinode": "r1-qwen-32b",
+    "h100-vllm": "r1-qwen-14b-served",
+}
 
 Start = Callable[..., MiniCluster]
 

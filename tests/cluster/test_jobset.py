@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster.launched import OVERLAYS
 from cluster.minicluster import MiniCluster, running
 from cluster.scripted import Scripted
 from parts import ROOT
@@ -19,13 +20,6 @@ from pipeline.cluster.objects import LAUNCHED, Overlay, read_overlay
 from pipeline.graph import stages_of
 from pipeline.jobfile import load_job
 
-OVERLAYS = {
-    "local": "quickstart",
-    "h100": "r1-qwen-14b",
-    "a100-80g": "r1-qwen-14b",
-    "h100-multinode": "r1-qwen-32b",
-    "h100-vllm": "r1-qwen-14b-served",
-}
 GOLDEN = ROOT / "k8s" / "overlays" / "jobset" / "jobset.yaml"
 
 

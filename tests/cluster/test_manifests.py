@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster.launched import OVERLAYS
 
 from pipeline.errors import DataError, RecipeError, Stopped
 from pipeline.graph import STAGES, stages_of
@@ -23,13 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # of JobSets there is no schema here: tests/cluster/test_jobset.py validates each Job of one
 NO_OBJECTS = {"kustomization.yaml", "jobset.yaml"}
 FILES = sorted(path for path in (ROOT / "k8s").rglob("*.yaml") if path.name not in NO_OBJECTS)
-OVERLAYS = {
-    "local": "quickstart",
-    "h100": "r1-qwen-14b",
-    "a100-80g": "r1-qwen-14b",
-    "h100-multinode": "r1-qwen-32b",
-    "h100-vllm": "r1-qwen-14b-served",
-}
 GPU = {name for name in OVERLAYS if name != "local"}
 NODES = {"h100-multinode": 4}
 SERVED = {"anchor": ["base"], "baseline": ["base"], "eval": ["aligned", "base"]}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster.launched import OVERLAYS
 from parts import ROOT
 
 from pipeline.cluster.network import CODE_SETS, code_suites, selects
@@ -23,7 +24,6 @@ JOB = ROOT / "jobs" / "quickstart.yaml"
 CODE = {"name": "code", "measures": "reasoning", "source": "he.jsonl", "format": "humaneval"}
 DEV = {"name": "dev", "measures": "reasoning", "source": "set:mbpp"}
 CHOOSE = {"suites": [DEV], "wanted": [{"metric": "reasoning_accuracy", "at_least": 0.1}]}
-OVERLAYS = ("local", "h100", "a100-80g", "h100-multinode", "h100-vllm")
 Policies = dict[str, dict[str, Any]]
 Plant = Callable[[dict[str, Any], Policies], Any]
 
