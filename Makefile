@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NPROC ?= 2
+DEMO ?= # further options, such as --set sft.epochs=1
 
 .PHONY: demo test torture cluster-test setup lint image clean
 
@@ -20,7 +21,7 @@ $(READY): setup.cfg constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/untaxed run --runs runs/demo --nproc $(NPROC) --engine zero3 \
+	$(BIN)/untaxed run --runs runs/demo --nproc $(NPROC) --engine zero3 $(DEMO) \
 		--job jobs/quickstart.yaml --job jobs/quickstart-refusals-only.yaml
 
 test: $(READY)
