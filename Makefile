@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NPROC ?= 2
-DEMO ?= # further options, such as --set sft.epochs=1
+DEMO ?= --job jobs/quickstart.yaml --job jobs/quickstart-refusals-only.yaml
 
 .PHONY: demo test torture cluster-test setup lint image clean
 
@@ -21,8 +21,7 @@ $(READY): setup.cfg constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/untaxed run --runs runs/demo --nproc $(NPROC) --engine zero3 $(DEMO) \
-		--job jobs/quickstart.yaml --job jobs/quickstart-refusals-only.yaml
+	$(BIN)/untaxed run --runs runs/demo --nproc $(NPROC) --engine zero3 $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(NPROC) --dist loadfile --no-loadscope-reorder
