@@ -119,11 +119,11 @@ class Running:
         return found
 
     def ranks(self) -> dict[int, int]:
-        """Process ids of the ranks; what records for them has their environment too."""
+        """Process ids of the ranks; a rank's recorder has its environment too."""
         found = {
             int(env["RANK"]): pid
             for pid, env in self.members().items()
-            if "RANK" in env and "pipeline.recorder" not in _command(pid)
+            if "RANK" in env and "sft.py" in _command(pid)
         }
         return found or {0: self.child.pid}
 

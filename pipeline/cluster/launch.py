@@ -169,9 +169,8 @@ class Launcher:
 
     def _alone(self, stage: str) -> None:
         """RecipeError where ``stage`` goes on under another key: both would want the same folder."""
-        own = key_of(
-            self.job, stage, self.overlay.jobs[stage]
-        )  # another launcher may just have made it
+        # another launcher may just have made it under this key
+        own = key_of(self.job, stage, self.overlay.jobs[stage])
         for one in self.unfinished():
             labels = one["metadata"]["labels"]
             if labels[PART] == stage and labels[KEY_LABEL] != own:
