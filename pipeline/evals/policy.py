@@ -103,7 +103,8 @@ def bounds(
                 "wanted": wanted(check),
                 "measured": compared(check, value),
                 "status": "passed" if held else "failed",
-                "values": f"{measured_value(bound.metric, before)} to"
+                # "2% to 83%" would read as an interval, as everywhere else in the report
+                "values": f"base {measured_value(bound.metric, before)}, here"
                 f" {measured_value(bound.metric, after)}, n = {after['n']}",
             }
         )

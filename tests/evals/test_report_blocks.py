@@ -3,6 +3,7 @@ cost."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -79,7 +80,9 @@ def test_a_choice_that_held_no_bound_is_loud() -> None:
     told = alerts(page)
     assert "No point met the bounds." in told and "No trained point met the bounds" in told
     assert "No trained point met" in page.text_of("section", "id", "verdict")
-    assert "failed" in page.text_of("tr", "data-bound", "harmful_refusal")
+    missed = page.text_of("tr", "data-bound", "harmful_refusal")
+    assert "failed" in missed and "base " in missed, "a change is not told in an interval's words"
+    assert not re.search(r"\d%? to \d", missed)
 
 
 def test_bounds_are_held_or_missed_as_the_choice_says() -> None:
